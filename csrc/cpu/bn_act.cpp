@@ -1,0 +1,44 @@
+#include <torch/csrc/stable/library.h>
+
+#include "normalization.h"
+
+namespace rf::cpu {
+namespace {
+
+void bn_act_forward(
+    const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+    const OptionalTensor& bias, double eps, const OptionalTensor& residual,
+    const OptionalTensor& residual_mean, const OptionalTensor& residual_var,
+    const OptionalTensor& residual_weight, const OptionalTensor& residual_bias, double residual_eps,
+    bool relu, const Tensor& output, const OptionalTensor& pooled) {
+  const char* op = "bn_act_forward";
+  Images images(op, "input", input);
+  images.add_like("residual", residual, input);
+  images.add_like("output", output, input);
+  if (pooled.has_value()) {
+    images.add(
+        "pooled", *pooled, input.size(0), input.size(1), input.size(2) / 2, input.size(3) / 2);
+  }
+  const Normalization main = {mean, var, weight, bias, eps};
+  const Normalization shortcut = {
+      residual_mean, residual_var, residual_weight, residual_bias, residual_eps};
+  main.check(op, "", input.size(1), images.dtype());
+  check_residual(op, residual, shortcut, input.size(1), images.dtype());
+  const Image image = image_of(input, images);
+  const AffineLanes affine(main, image, images.dtype());
+  const AffineLanes residual_affine(shortcut, image, images.dtype());
+  const Residual kind = !residual.has_value() ? Residual::kNone
+                        : shortcut.present()  ? Residual::kNormalized
+                                              : Residual::kPlain;
+  kernels().forward[dtype_of(images.dtype())](
+      {image, kind, relu, input.data_ptr(), pointer(residual), output.mutable_data_ptr(),
+       mutable_pointer(pooled), affine.view(), residual_affine.view()});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) {
+  m.impl("bn_act_forward", TORCH_BOX(&bn_act_forward));
+}
+
+}  // namespace rf::cpu

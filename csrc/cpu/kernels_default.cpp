@@ -1,0 +1,3 @@
+#include "loops/table.h"
+
+RF_DEFINE_KERNELS(default)

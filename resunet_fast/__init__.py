@@ -1,0 +1,40 @@
+"""A residual U-Net with fused kernels, validated against plain PyTorch.
+
+import resunet_fast as rf
+
+model = rf.ResUNet(3, 2)                # fused; rf.reference.ResUNet has the same state dict
+z = rf.functional.bn_act(x, rf.functional.Norm.of(bn), residual=r)
+print(rf.explain("bn_act", x))          # which implementation runs, and why not the others
+"""
+
+from __future__ import annotations
+
+try:
+    import torch as _torch
+except ImportError as error:  # pragma: no cover - exercised by the build tests, without torch
+    raise ImportError(
+        "resunet_fast needs PyTorch 2.11 or newer, which is not installed: choose a build for your"
+        " machine (CPU or CUDA) and install it first"
+    ) from error
+
+from . import functional, ops, reference
+from .explain import explain
+from .models import ResUNet, UNetWithResidualConnections, create_model, list_models
+from .registry import BackendError, use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "ResUNet",
+    "UNetWithResidualConnections",
+    "create_model",
+    "explain",
+    "functional",
+    "list_models",
+    "ops",
+    "reference",
+    "use_backend",
+]
+
+if tuple(int(part) for part in _torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(f"resunet_fast needs PyTorch 2.11 or newer, got {_torch.__version__}")

@@ -1,0 +1,148 @@
+"""What the public operators take: a convolution, a batch norm; and what fits the fused operators."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ops.layout import accumulator
+from .ops.upsample.reference import MODES
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Conv(NamedTuple):
+    """A convolution's tensors and geometry, as in torch.nn.functional.conv2d.
+
+    Args:
+        weight: [K, C / groups, R, S], in the input's dtype, or float32 with a 16-bit input.
+        bias: [K] or None.
+        stride, padding, dilation: (vertical, horizontal).
+        groups: number of groups.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @staticmethod
+    def of(module: nn.Conv2d) -> Conv:
+        """Take them from a module with zero padding given in numbers."""
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        return Conv(module.weight, module.bias, *geometry)  # type: ignore[arg-type]
+
+
+class Norm(NamedTuple):
+    """A batch norm's tensors and settings, as in torch.nn.BatchNorm2d.
+
+    Args:
+        weight, bias: [C] or None.
+        running_mean, running_var: [C] or None (then batch statistics are always used).
+        num_batches_tracked: int64 scalar or None.
+        training: normalise with the batch's statistics and update the running ones in place.
+        momentum: weight of the new statistics; None for a cumulative average.
+        eps: added to the variance.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    training: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+
+    @staticmethod
+    def of(module: nn.BatchNorm2d) -> Norm:
+        """Take them from a module, with its present mode."""
+        tracked = not module.training or module.track_running_stats
+        return Norm(
+            module.weight,
+            module.bias,
+            module.running_mean if tracked else None,
+            module.running_var if tracked else None,
+            module.num_batches_tracked if module.track_running_stats else None,
+            module.training,
+            module.momentum,
+            module.eps,
+        )
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether the batch's own statistics normalise it."""
+        return self.training or self.running_mean is None
+
+
+def fits(input: Tensor | None, norm: Norm | None, pool: bool = False) -> bool:
+    """Whether the fused batch norm takes these; torch reports what does not fit."""
+    if input is None or norm is None:
+        return True
+    if input.dim() != 4 or input.numel() == 0:
+        return False
+    n, c, h, w = input.shape
+    if pool and min(h, w) < 2:
+        return False
+    return fits_width(c, input.dtype, norm) and not (norm.batch_stats and n * h * w == 1)
+
+
+def fits_width(channels: int, dtype: torch.dtype, norm: Norm) -> bool:
+    if dtype not in DTYPES or (
+        norm.training
+        and norm.running_mean is not None
+        and norm.momentum is None
+        and norm.num_batches_tracked is None
+    ):
+        return False
+    allowed = (dtype, accumulator(dtype))
+    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return all(v is None or (v.dtype in allowed and v.shape == (channels,)) for v in vectors)
+
+
+def convolves(input: Tensor, conv: Conv) -> bool:
+    """Whether the fused convolution takes these; torch reports what does not fit."""
+    if input.dim() != 4 or input.dtype not in DTYPES or input.numel() == 0:
+        return False
+    mixed = conv.weight.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+    return conv.weight.dtype == input.dtype or mixed
+
+
+def conv_size(input: Tensor, conv: Conv) -> list[int]:
+    kernel = conv.weight.shape[2:]
+    axes = zip(input.shape[2:], kernel, conv.stride, conv.padding, conv.dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
+
+
+def check_residual(input: Tensor, residual: Tensor | None, residual_norm: Norm | None) -> None:
+    if residual is None:
+        if residual_norm is not None:
+            raise ValueError("residual_norm: expected None without a residual")
+        return
+    check_shape(residual, tuple(input.shape))
+    if residual.dtype != input.dtype:
+        raise ValueError(f"residual: expected dtype {input.dtype}, got {residual.dtype}")
+
+
+def check_shape(residual: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(residual.shape) != expected:
+        raise ValueError(f"residual: expected shape {expected}, got {tuple(residual.shape)}")
+
+
+def check_sources(input: Tensor, skip: Tensor | None, mode: str) -> None:
+    if mode != "none" and mode not in MODES:
+        raise ValueError(f"upsample: expected 'none' or one of {list(MODES)}, got {mode!r}")
+    if skip is None:
+        if mode != "none":
+            raise ValueError(f"upsample: expected 'none' without a skip, got {mode!r}")
+        return
+    if skip.dim() != 4 or input.dim() != 4 or skip.shape[0] != input.shape[0]:
+        shapes = f"{tuple(input.shape)} and {tuple(skip.shape)}"
+        raise ValueError(f"skip: expected 4-D sources with the same N, got {shapes}")
+    if mode == "none" and skip.shape[2:] != input.shape[2:]:
+        sizes = f"{tuple(input.shape[2:])} and {tuple(skip.shape[2:])}"
+        raise ValueError(f"skip: expected the input's size with upsample='none', got {sizes}")

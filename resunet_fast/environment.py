@@ -1,0 +1,65 @@
+"""Every environment variable that the package reads, and every question it asks the machine.
+
+| variable | read | meaning |
+|---|---|---|
+| RESUNET_FAST_ISA | at the first native call | highest instruction set: default, avx2 or avx512 |
+| RESUNET_FAST_DISABLE_NATIVE | at the first use | 1: do not load the compiled library |
+| RESUNET_FAST_REQUIRE_EXT | by setup.py | 1: fail instead of installing without the library |
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def native_disabled() -> bool:
+    """Whether the user asked not to load the compiled library."""
+    return os.environ.get("RESUNET_FAST_DISABLE_NATIVE", "0") == "1"
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def cpu_model() -> str:
+    """The processor's name as the operating system gives it."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The vector and matrix extensions that matter to convolutions, those that the CPU has."""
+    known = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+    flags = set(_cpuinfo().get("flags", "").split())
+    return [name for name in known if name in flags]
+
+
+def gpu_names() -> list[str]:
+    """The CUDA devices that torch can use."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def machine() -> dict[str, object]:
+    """Facts that every measurement is published with."""
+    return {
+        "cpu": cpu_model(),
+        "cpu_features": cpu_features(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu_names(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,20 @@
+"""The operators, one folder each; importing this package defines and registers them all."""
+
+from . import backends as backends
+from .bn_act import op as bn_act
+from .bn_act_conv import op as bn_act_conv
+from .conv2d import op as conv2d
+from .conv_bias_act import op as conv_bias_act
+from .conv_bn_act import op as conv_bn_act
+from .running_stats import op as running_stats
+from .upsample import op as upsample
+
+__all__ = [
+    "bn_act",
+    "bn_act_conv",
+    "conv2d",
+    "conv_bias_act",
+    "conv_bn_act",
+    "running_stats",
+    "upsample",
+]

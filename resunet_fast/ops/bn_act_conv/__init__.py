@@ -1,0 +1,1 @@
+"""Batch norm, ReLU and convolution: pre-activation units, and recomputation."""

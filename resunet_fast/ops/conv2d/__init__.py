@@ -1,0 +1,1 @@
+"""Convolution over one source, or over two without keeping their concatenation."""

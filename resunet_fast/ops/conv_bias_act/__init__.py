@@ -1,0 +1,1 @@
+"""Convolution, bias, residual addition and ReLU, for inference."""

@@ -1,0 +1,58 @@
+"""conv_bias_act by oneDNN's post-operations: the sum and the ReLU happen in the convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..conv2d.cpu import as_dtype
+from ..layout import dense, layout_of
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def refusals(*inputs: Any) -> list[str]:
+    """What oneDNN's fused convolution has against the operator's arguments."""
+    x, _, _, residual = inputs[:4]
+    if not torch.backends.mkldnn.is_available():
+        return ["this torch was built without oneDNN"]
+    if x.device.type != "cpu":
+        return [f"it needs tensors on the CPU, got one on {x.device}"]
+    if x.dtype not in _DTYPES:
+        return [f"oneDNN's fused convolution has no {x.dtype} kernel"]
+    if x.numel() == 0 or inputs[1].numel() == 0:
+        return ["oneDNN's fused convolution refuses empty tensors"]
+    if residual is not None and layout_of(x) != torch.channels_last:
+        return ["oneDNN's fused sum needs channels_last"]
+    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return ["oneDNN has no bfloat16 on this processor"]
+    return []
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Compute as the reference does."""
+    w = as_dtype(weight, input.dtype)
+    shift = None if bias is None else bias.to(input.dtype)
+    geometry = (padding, stride, dilation, groups)
+    activation = "relu" if relu else "none"
+    if residual is None:
+        return torch.ops.mkldnn._convolution_pointwise(
+            input, w, shift, *geometry, activation, [], None
+        )
+    other = dense(residual, layout_of(input))
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        input, other, w, shift, *geometry, "add", 1.0, activation if relu else None, [], None
+    )

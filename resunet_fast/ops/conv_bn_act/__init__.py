@@ -1,0 +1,1 @@
+"""Convolution, batch norm, residual addition and ReLU."""

@@ -1,0 +1,25 @@
+"""Running statistics by the compiled CPU library, in one call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import native
+
+
+def update(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    conv_bias: Tensor | None,
+    count: int,
+    momentum: float | None,
+) -> None:
+    """Compute as the reference does."""
+    bias = None if conv_bias is None else conv_bias.to(mean.dtype)
+    factor = -1.0 if momentum is None else momentum
+    native.ops().update_running_stats(
+        mean, var, bias, count, factor, running_mean, running_var, num_batches_tracked
+    )

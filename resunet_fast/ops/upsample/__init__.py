@@ -1,0 +1,1 @@
+"""Nearest and bilinear upsampling with a deterministic backward."""

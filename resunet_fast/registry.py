@@ -1,0 +1,261 @@
+"""Operators and their implementations: one definition, several ways to compute it, one that is chosen.
+
+An :class:`Operator` is a dispatcher operator `resunet_fast::<name>`: its schema, its fake (shapes
+only), its autograd formula. An :class:`Implementation` only computes. :func:`select` picks the first
+implementation, in the order of preference below, that has nothing against the inputs, and
+:func:`explain` says why the others were passed over. Nothing here knows what an operator computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Refusals = Callable[..., list[str]]
+
+# Earlier names are preferred; "reference" refuses nothing and therefore comes last.
+PREFERENCE = ("cudnn", "cuda", "triton", "cpu", "reference")
+
+_REQUIRED = object()  # marks arguments without a default
+LIBRARY = torch.library.Library("resunet_fast", "DEF")
+OPERATORS: dict[str, Operator] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message carries its reasons."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute one operator.
+
+    Args:
+        name: the backend, one of :data:`PREFERENCE`.
+        compute: takes exactly the operator's arguments without the trailing `backend`.
+        refusals: takes the same arguments; the reasons why `compute` cannot run on them, as
+            sentences. An empty list means that it can.
+    """
+
+    name: str
+    compute: Callable[..., Any]
+    refusals: Refusals
+
+
+@dataclass
+class Operator:
+    """One dispatcher operator and everything that is true of it whichever way it is computed.
+
+    Args:
+        name: the name behind `resunet_fast::`.
+        schema: the signature with defaults, in the dispatcher's language. The last argument is
+            `str backend=''`: the backend forced by :func:`use_backend`, or empty. It travels as an
+            argument because autograd's own threads see no context.
+        fake: output shapes, dtypes and layouts from the inputs' (no data is read); like `compute`,
+            it takes every argument but `backend`.
+        setup_context, backward: the autograd formula as for `torch.library.register_autograd`, or
+            None where the operator is not differentiable.
+    """
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self._compute, "CompositeExplicitAutograd")
+        qualified = f"resunet_fast::{self.name}"
+        torch.library.register_fake(qualified, self._fake, lib=LIBRARY)
+        if self.backward is None:
+            LIBRARY.impl(self.name, self._mutate, "Autograd")
+        else:
+            self._function = _autograd_function(self)
+            LIBRARY.impl(self.name, self._differentiate, "Autograd")
+        self.overload: Any = getattr(torch.ops.resunet_fast, self.name).default
+        arguments = self.overload._schema.arguments
+        self._defaults = tuple(
+            a.default_value if a.has_default_value() else _REQUIRED for a in arguments
+        )
+        self._written = [
+            i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
+        ]
+        OPERATORS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        """Call through the dispatcher: autograd, fake tensors and tracing see the operator."""
+        return self.overload(*args)
+
+    def add(self, *implementations: Implementation) -> None:
+        """Register implementations, kept in the order of :data:`PREFERENCE`."""
+        for implementation in implementations:
+            self.implementations[implementation.name] = implementation
+        self.implementations = dict(
+            sorted(self.implementations.items(), key=lambda item: PREFERENCE.index(item[0]))
+        )
+
+    def _compute(self, *args: Any) -> Any:
+        *inputs, backend = self.complete(args)
+        return select(self, inputs, backend).compute(*inputs)
+
+    def _fake(self, *args: Any) -> Any:
+        return self.fake(*self.complete(args)[:-1])
+
+    def _differentiate(self, *args: Any) -> Any:
+        inputs = self.complete(args)
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in inputs
+        ):
+            return self._function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*inputs)
+
+    def _mutate(self, *args: Any) -> None:
+        # Autograd learns that a tensor has changed from its version, and of nothing else.
+        with torch._C._AutoDispatchBelowAutograd():
+            self.overload(*args)
+        written = [args[i] for i in self._written if args[i] is not None]
+        torch.autograd.graph.increment_version(written)
+
+    def complete(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Append the schema's defaults: the dispatcher drops trailing arguments that equal them."""
+        missing = self._defaults[len(args) :]
+        if _REQUIRED in missing:
+            raise TypeError(f"{self.name}: got {len(args)} arguments for {self.schema}")
+        return (*args, *missing)
+
+
+def _autograd_function(operator: Operator) -> type[torch.autograd.Function]:
+    """Wrap an operator's formula for autograd.
+
+    torch.library.register_autograd would do, but looks up every default of the schema at each call:
+    180 microseconds for twenty-five arguments, ten times the rest.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = operator.overload(*inputs)
+        assert operator.setup_context is not None
+        operator.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(operator.backward)}
+    return type(f"{operator.name}_autograd", (torch.autograd.Function,), members)
+
+
+def select(operator: Operator, inputs: Sequence[Any], backend: str) -> Implementation:
+    """Return the implementation that computes `operator` on `inputs`.
+
+    Args:
+        operator: the operator.
+        inputs: its arguments without `backend`.
+        backend: a forced backend, or empty. An operator that has no implementation of that name
+            chooses as usual; one that has it and refuses raises.
+
+    Raises:
+        BackendError: the forced implementation refuses; the message holds its reasons.
+    """
+    forced = operator.implementations.get(backend)
+    if forced is not None:
+        reasons = forced.refusals(*inputs)
+        if reasons:
+            raise BackendError(f"{operator.name} cannot run on '{backend}': " + "; ".join(reasons))
+        return forced
+    for implementation in operator.implementations.values():
+        if not implementation.refusals(*inputs):
+            return implementation
+    raise BackendError(f"{operator.name} has no implementation for these inputs")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an implementation was chosen: its name, and for every other one its refusals."""
+
+    operator: str
+    chosen: str
+    refusals: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator}: {self.chosen}"]
+        for name, reasons in self.refusals.items():
+            if name == self.chosen:
+                lines.append(f"  {name}: chosen")
+            else:
+                lines.append(f"  {name}: " + ("; ".join(reasons) or "can run, less preferred"))
+        return "\n".join(lines)
+
+
+def explain(op_name: str, *inputs: Any) -> Explanation:
+    """Say which implementation an operator chooses for some inputs, and what the others refuse.
+
+    Args:
+        op_name: a name in `resunet_fast.registry.OPERATORS`, such as "bn_act".
+        inputs: the operator's leading arguments; the rest take the schema's defaults.
+
+    Raises:
+        ValueError: there is no operator of that name.
+    """
+    operator = OPERATORS.get(op_name)
+    if operator is None:
+        raise ValueError(f"op_name: expected one of {sorted(OPERATORS)}, got {op_name!r}")
+    *arguments, _ = operator.complete(inputs)
+    refusals = {
+        name: implementation.refusals(*arguments)
+        for name, implementation in operator.implementations.items()
+    }
+    return Explanation(op_name, select(operator, arguments, forced_backend()).name, refusals)
+
+
+# A module global, like torch's own backend switches: torch.compile guards on it and recompiles when it
+# changes, which it does not for context variables and thread-locals.
+_forced = ""
+_availability: dict[str, Callable[[], list[str]]] = {}
+
+
+def register_backend(name: str, unavailable: Callable[[], list[str]]) -> None:
+    """Announce a backend and how to ask why this machine cannot run it (empty: it can)."""
+    _availability[name] = unavailable
+
+
+def backends() -> dict[str, list[str]]:
+    """Return every backend with the reasons why this machine cannot run it (empty: it can)."""
+    return {name: _availability[name]() for name in PREFERENCE if name in _availability}
+
+
+def forced_backend() -> str:
+    """Return the backend forced by :func:`use_backend`, or an empty string."""
+    return _forced
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend for every operator called inside the `with`, process-wide.
+
+    It is captured when an operator's forward runs and travels with it: its backward uses the same
+    backend wherever and whenever it runs. Operators without an implementation of that name choose
+    as usual.
+
+    Args:
+        name: "reference", "cpu", "cuda", "cudnn" or "triton".
+
+    Raises:
+        ValueError: there is no such backend in this version.
+        BackendError: this machine cannot run it; the message says why.
+    """
+    if name not in _availability:
+        raise ValueError(f"backend: expected one of {sorted(_availability)}, got {name!r}")
+    reasons = _availability[name]()
+    if reasons:
+        raise BackendError(f"backend '{name}' cannot run here: " + "; ".join(reasons))
+    global _forced
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous

@@ -1,0 +1,429 @@
+"""The demo: its data, what it measures, what it writes, and when it calls its result bad."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from resunet_fast import checkpoint, cli
+from resunet_fast.checkpoint import Normalisation, SavedModel
+from resunet_fast.demo import command, dataset, measure, training, verdict
+from resunet_fast.demo.command import Settings
+from resunet_fast.demo.dataset import Batch, Split
+from resunet_fast.demo.measure import Agreement, Quality
+
+# So that a child process finds the package whether or not it is installed.
+SOURCE = str(Path(checkpoint.__file__).parents[1])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from threads and lose much where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# The data
+
+
+@pytest.fixture(scope="module")
+def splits() -> tuple[Split, Split]:
+    return dataset.load_splits()
+
+
+def test_data_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("the data set opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    training_split, _ = dataset.load_splits()
+    assert len(training_split.regions) == len(dataset.PHOTOGRAPHS)
+
+
+def test_splits_share_no_digit(splits: tuple[Split, Split]) -> None:
+    first, second = ({digit.tobytes() for digit in split.digits} for split in splits)
+    assert len(first) + len(second) == 1797
+    assert not first & second
+
+
+def test_splits_divide_every_photograph(splits: tuple[Split, Split]) -> None:
+    for name, first, second in zip(
+        dataset.PHOTOGRAPHS, splits[0].regions, splits[1].regions, strict=True
+    ):
+        whole = dataset._photograph(name)
+        axis = 1 if whole.shape[1] >= whole.shape[0] else 0
+        np.testing.assert_array_equal(np.concatenate((first, second), axis=axis), whole)
+        assert 0.25 < second.size / whole.size < 0.35
+        assert min(second.shape[:2]) >= dataset.CROP
+
+
+def test_photographs_are_real_and_different(splits: tuple[Split, Split]) -> None:
+    for region in splits[0].regions:
+        assert region.dtype == np.float32
+        assert region.min() >= 0
+        assert region.max() <= 1
+        assert region.std() > 0.02
+    assert len({region.tobytes() for region in splits[0].regions}) == len(dataset.PHOTOGRAPHS)
+
+
+def test_masks_are_exactly_what_was_painted(
+    splits: tuple[Split, Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With strokes marked by an impossible colour and no noise, image and mask must coincide."""
+
+    def mark(image: np.ndarray, stroke: np.ndarray, rng: np.random.Generator) -> None:
+        image[stroke] = (1.0, 0.0, 1.0)
+
+    def keep(image: np.ndarray, rng: np.random.Generator) -> None:
+        pass
+
+    monkeypatch.setattr(dataset, "paint", mark)
+    monkeypatch.setattr(dataset, "add_noise", keep)
+    for scene in dataset.scenes(splits[0], np.random.default_rng(0), 28):
+        marked = (scene.image == (255, 0, 255)).all(axis=2)
+        np.testing.assert_array_equal(marked, scene.mask)
+        assert 0.005 < scene.mask.mean() < 0.6
+
+
+def test_paint_touches_the_stroke_only_and_uses_both_polarities() -> None:
+    rng = np.random.default_rng(0)
+    stroke = rng.random((20, 20)) < 0.3
+    changes = []
+    for _ in range(40):
+        image = np.full((20, 20, 3), 0.5, dtype=np.float32)
+        dataset.paint(image, stroke, rng)
+        assert (image[~stroke] == 0.5).all()
+        changes.append(float(image[stroke].mean()) - 0.5)
+    assert min(map(abs, changes)) > 0.1
+    assert min(changes) < 0 < max(changes)
+
+
+def test_every_digit_renders_upright_and_rotates(splits: tuple[Split, Split]) -> None:
+    for digit in splits[0].digits[:200]:
+        block = np.kron(digit > 0.5, np.ones((8, 8), dtype=bool))
+        upright = dataset.render_digit(digit, 64, 0.0)
+        assert (upright & block).sum() > 0.7 * block.sum()
+        turned = dataset.render_digit(digit, 64, math.pi / 2)
+        assert (
+            np.array_equal(np.rot90(upright), turned) or (np.rot90(upright) == turned).mean() > 0.99
+        )
+
+
+def test_pictures_depend_on_the_seed_and_on_nothing_else(splits: tuple[Split, Split]) -> None:
+    def draw(seed: int) -> Batch:
+        return dataset.to_batch(dataset.scenes(splits[1], np.random.default_rng(seed), 5))
+
+    assert torch.equal(draw(1).images, draw(1).images)
+    assert torch.equal(draw(1).masks, draw(1).masks)
+    assert not torch.equal(draw(1).masks, draw(2).masks)
+
+
+def test_batches_have_the_promised_layout(splits: tuple[Split, Split]) -> None:
+    pictures = dataset.scenes(splits[0], np.random.default_rng(0), 3)
+    batch = dataset.to_batch(pictures)
+    assert batch.images.shape == (3, 3, dataset.CROP, dataset.CROP)
+    assert batch.masks.shape == (3, 1, dataset.CROP, dataset.CROP)
+    assert batch.images.dtype == batch.masks.dtype == torch.float32
+    assert set(batch.masks.flatten().tolist()) == {0.0, 1.0}
+    expected = torch.from_numpy(pictures[1].image).permute(2, 0, 1) / 255
+    assert torch.equal(batch.images[1], expected)
+
+
+def test_each_photograph_comes_up_equally_often(splits: tuple[Split, Split]) -> None:
+    count = 2 * len(dataset.PHOTOGRAPHS)
+    names = [s.photograph for s in dataset.scenes(splits[0], np.random.default_rng(0), count)]
+    assert sorted(names) == sorted(dataset.PHOTOGRAPHS * 2)
+
+
+# Training and measuring
+
+
+def test_loss_is_zero_for_a_perfect_and_two_for_a_useless_answer() -> None:
+    masks = torch.zeros(2, 1, 4, 4)
+    masks[:, :, :2] = 1
+    perfect = training.segmentation_loss((masks - 0.5) * 200, masks)
+    assert perfect.item() == pytest.approx(0, abs=1e-6)
+    # At probability 1/2: BCE = log 2, Dice = (2 * 4 + 1) / (8 + 8 + 1).
+    undecided = training.segmentation_loss(torch.zeros(2, 1, 4, 4), masks)
+    assert undecided.item() == pytest.approx(math.log(2) + 1 - 9 / 17, abs=1e-6)
+
+
+def test_schedule_warms_up_and_decays() -> None:
+    rates = [training.schedule(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == 1.0
+    assert rates.index(1.0) in (9, 10)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+    assert training.schedule(0, 1) == 1.0
+
+
+def contestant(label: str) -> training.Contestant:
+    torch.manual_seed(0)
+    return training.enter(label, nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.BatchNorm2d(1)))
+
+
+def random_batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 8, 8, generator=generator)
+    return Batch(images, (images[:, :1] > 0.5).float())
+
+
+def test_training_takes_turns_on_the_same_batches() -> None:
+    seen: list[tuple[str, int]] = []
+    pair = contestant("a"), contestant("b")
+    for one in pair:
+        one.network.register_forward_hook(
+            lambda module, inputs, output, label=one.label: seen.append((label, id(inputs[0])))
+        )
+    batches = [random_batch() for _ in range(4)]
+    source = iter(batches)
+    training.train(pair, lambda: next(source), 4)
+    assert [label for label, _ in seen] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [address for _, address in seen[::2]] == [id(batch.images) for batch in batches]
+    assert [address for _, address in seen[1::2]] == [id(batch.images) for batch in batches]
+    assert pair[0].losses == pair[1].losses
+    assert pair[0].losses[-1] < pair[0].losses[0]
+    assert all(len(one.seconds) == 4 and min(one.seconds) > 0 for one in pair)
+
+
+def test_quality_against_counts_by_hand() -> None:
+    truth = torch.zeros(2, 1, 2, 4)
+    truth[0, 0, 0] = 1
+    truth[1, 0, 0, 0] = 1
+    predicted = torch.zeros(2, 1, 2, 4, dtype=torch.bool)
+    predicted[0, 0, :, :2] = True
+    predicted[1, 0, 0, 0] = True
+    # First picture: 2 of 4 + 4 pixels shared; second: perfect.
+    result = measure.quality(predicted, truth)
+    assert result.dice == pytest.approx((0.5 + 1) / 2)
+    assert result.iou == pytest.approx((2 / 6 + 1) / 2)
+
+
+def test_times_are_compared_round_by_round() -> None:
+    timing = measure.compare_times([1.0, 2.0, 3.0], [2.0, 2.0, 9.0])
+    assert timing.first.median == 2.0
+    assert timing.second.median == 2.0
+    assert timing.ratio.median == 2.0
+    assert timing.ratio.p20 < 2.0 < timing.ratio.p80
+
+
+def test_agreement_compares_at_the_fast_weights_and_changes_nothing() -> None:
+    class Detuned(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.1 * super().forward(x)
+
+    plain, equal, detuned = nn.Conv2d(3, 1, 1), nn.Conv2d(3, 1, 1), Detuned(3, 1, 1)
+    before = plain.weight.detach().clone()
+    batch = random_batch()
+    assert measure.agreement(equal, plain, batch.images, batch) == Agreement(0.0, 0.0)
+    found = measure.agreement(detuned, plain, batch.images, batch)
+    assert found.probability > 1e-3
+    assert found.gradient > 0.05
+    assert torch.equal(plain.weight, before)
+    assert plain.weight.grad is None
+
+
+def test_kept_bytes_count_storages_once_without_parameters() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, 1, 32, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            # Saves x (twice, one of them as a view) and the weight.
+            return (x * self.weight + x.flatten().view_as(x) * self.weight).abs()
+
+    images = torch.rand(4, 1, 32, 32)
+    masks = torch.ones_like(images)
+    network = Doubled()
+    one_map = images.numel() * images.element_size()
+    whole = measure.training_bytes(network, Batch(images, masks))
+    bare = measure.training_bytes(nn.Identity(), Batch(images.clone().requires_grad_(), masks))
+    # On top of the loss, whose saved logits are the network's output: x and the input of abs.
+    assert whole - bare == 2 * one_map
+    assert network.weight.grad is None
+
+
+# The verdict
+
+
+def curves(noise: float, start: float = 0.0) -> tuple[list[float], list[float]]:
+    reference = [1.0 / (1 + step / 20) for step in range(50)]
+    fast = [loss + noise * (-1) ** step for step, loss in enumerate(reference)]
+    fast[0] = reference[0] + start
+    return fast, reference
+
+
+def test_curves_within_rounding_pass() -> None:
+    assert verdict.curve_complaints(*curves(1e-3)) == []
+
+
+@pytest.mark.parametrize(
+    ("fast_and_reference", "phrase"),
+    [
+        (curves(1e-3, start=5e-3), "first losses"),
+        (curves(0.2), "on average"),
+        (([float("nan")], [1.0]), "not finite"),
+    ],
+)
+def test_curves_that_drift_are_called_out(
+    fast_and_reference: tuple[list[float], list[float]], phrase: str
+) -> None:
+    complaints = verdict.curve_complaints(*fast_and_reference)
+    assert len(complaints) == 1
+    assert phrase in complaints[0]
+
+
+def test_disagreement_at_equal_weights_is_called_out() -> None:
+    small, large = Agreement(1e-6, 1e-5), Agreement(0.5, float("nan"))
+    for device in ("cpu", "cuda"):
+        assert verdict.agreement_complaints(small, device) == []
+        complaints = verdict.agreement_complaints(large, device)
+        assert "probabilities differ by 5.0e-01" in complaints[0]
+        assert "gradients differ by nan" in complaints[1]
+
+
+def test_poor_or_unequal_quality_is_called_out() -> None:
+    good, poor = Quality(0.9, 0.8), Quality(0.5, 0.4)
+    assert verdict.quality_complaints(good, good) == []
+    assert len(verdict.quality_complaints(poor, poor)) == 2
+    assert "reference" in verdict.quality_complaints(good, poor)[0]
+    assert "differs by 0.400" in verdict.quality_complaints(good, poor)[1]
+    nan = Quality(float("nan"), float("nan"))
+    assert len(verdict.quality_complaints(nan, good)) == 2
+
+
+# The command
+
+
+def test_quick_run_from_start_to_predict(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = subprocess.run(
+        [sys.executable, "-m", "resunet_fast", "demo", "--quick", "--device=cpu", f"--out={out}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "composited" in result.stdout
+    for word in ("Dice", "IoU", "training step", "inference", "backward", "torch", "threads"):
+        assert word in result.stdout
+    check_files(out)
+    check_metrics(json.loads((out / "metrics.json").read_text()))
+    printed = re.search(r"python -m resunet_fast (predict .*)$", result.stdout, re.MULTILINE)
+    assert printed is not None
+    arguments = [*shlex.split(printed[1]), "--out", str(tmp_path / "predicted")]
+    assert cli.main(arguments) == 0
+    assert len(list((tmp_path / "predicted").glob("*_mask.png"))) == command.EXAMPLES
+
+
+def check_files(out: Path) -> None:
+    assert not list(out.rglob("*.tmp"))
+    with Image.open(out / "report.png") as report:
+        assert min(report.size) > 800
+    examples = sorted((out / "examples").glob("*.png"))
+    assert len(examples) == command.EXAMPLES
+    loaded = checkpoint.load(out / "model")
+    assert loaded.config.name == command.MODEL
+    assert loaded.config.training["steps"] == command.QUICK.steps
+    assert "composited" in loaded.config.training["data"]
+
+
+def check_metrics(metrics: dict[str, Any]) -> None:
+    for label in ("fast", "reference"):
+        assert 0 <= metrics["quality"][label]["iou"] <= metrics["quality"][label]["dice"] <= 1
+        assert len(metrics["losses"][label]) == command.QUICK.steps
+        assert metrics["training_seconds"][label]["median"] > 0
+        assert metrics["inference_seconds"][label]["median"] > 0
+        assert metrics["training_bytes"][label] > 0
+    assert 0 <= metrics["agreement_at_equal_weights"]["probability"] < 1e-4
+    first = metrics["losses"]["fast"][0] - metrics["losses"]["reference"][0]
+    assert abs(first) <= verdict.MAXIMUM_FIRST_DIFFERENCE
+
+
+def test_a_poor_result_exits_with_1_and_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Four steps teach nothing: with the quality judged, that must not pass."""
+    strict = replace(command.QUICK, judge_quality=True)
+    assert command.run_demo(strict, tmp_path) == 1
+    captured = capfd.readouterr()
+    assert "demo: the held-out Dice of the fast model" in captured.err
+    assert "predict --model" in captured.out
+    assert (tmp_path / "report.png").exists()
+
+
+def test_drifting_models_exit_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    build = command.build_models
+
+    def sabotage(settings: Settings, normalisation: Normalisation) -> tuple[SavedModel, SavedModel]:
+        fast, plain = build(settings, normalisation)
+        with torch.no_grad():
+            next(reversed(list(fast.network.parameters()))).add_(0.1)
+        return fast, plain
+
+    monkeypatch.setattr(command, "build_models", sabotage)
+    assert cli.main(["demo", "--quick", "--device=cpu", "--out", str(tmp_path)]) == 1
+    assert "the first losses, from equal weights, differ" in capfd.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
+    settings = replace(command.QUICK, steps=2)
+    losses = []
+    for seed in (5, 5, 6):
+        run = command.Run.prepare(replace(settings, seed=seed))
+        training.train([run.plain], run.training_batches(), settings.steps)
+        losses.append(run.plain.losses)
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_both_models_start_from_equal_weights() -> None:
+    run = command.Run.prepare(command.QUICK)
+    fast, plain = run.fast.network.state_dict(), run.plain.network.state_dict()
+    assert fast.keys() == plain.keys()
+    assert all(torch.equal(fast[key], plain[key]) for key in fast)
+    assert all(fast[key].data_ptr() != plain[key].data_ptr() for key in fast)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "0"], ["--steps", "many"], ["--device", "tpu"], ["--bogus"]]
+)
+def test_wrong_use_exits_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["demo", *arguments])
+    assert caught.value.code == 2
+
+
+def test_an_out_that_cannot_be_written_is_noticed_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file" / "demo")]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert "cannot write to" in captured.err
