@@ -1,4 +1,4 @@
-"""What the public operators take: a convolution, a batch norm; and what fits the fused operators."""
+"""What the public operators take: a convolution and a batch norm, and which can be fused."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def fits(input: Tensor | None, norm: Norm | None, pool: bool = False) -> bool:
 
 
 def fits_width(channels: int, dtype: torch.dtype, norm: Norm) -> bool:
+    """Whether the fused batch norm takes this many channels of this dtype with these vectors."""
     if dtype not in DTYPES or (
         norm.training
         and norm.running_mean is not None
@@ -113,12 +114,14 @@ def convolves(input: Tensor, conv: Conv) -> bool:
 
 
 def conv_size(input: Tensor, conv: Conv) -> list[int]:
+    """Spatial size of the convolution's result."""
     kernel = conv.weight.shape[2:]
     axes = zip(input.shape[2:], kernel, conv.stride, conv.padding, conv.dilation, strict=True)
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
 
 
 def check_residual(input: Tensor, residual: Tensor | None, residual_norm: Norm | None) -> None:
+    """Raise ValueError unless the residual has the shape and dtype of what it is added to."""
     if residual is None:
         if residual_norm is not None:
             raise ValueError("residual_norm: expected None without a residual")
@@ -129,11 +132,13 @@ def check_residual(input: Tensor, residual: Tensor | None, residual_norm: Norm |
 
 
 def check_shape(residual: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless the residual has the expected shape."""
     if tuple(residual.shape) != expected:
         raise ValueError(f"residual: expected shape {expected}, got {tuple(residual.shape)}")
 
 
 def check_sources(input: Tensor, skip: Tensor | None, mode: str) -> None:
+    """Raise ValueError unless two sources and the way to enlarge the first go together."""
     if mode != "none" and mode not in MODES:
         raise ValueError(f"upsample: expected 'none' or one of {list(MODES)}, got {mode!r}")
     if skip is None:

@@ -1,7 +1,7 @@
 """The plain way: the same results from ordinary torch operations.
 
-Taken inside torch.func transforms and forward-mode AD, which do not see through custom operators, and
-for inputs that torch itself rejects, so that its own error is raised.
+Taken inside torch.func transforms and forward-mode AD, which do not see through custom operators,
+and for inputs that torch itself rejects, so that its own error is raised.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def required(*tensors: Tensor | None) -> bool:
 
 
 def batch_norm(input: Tensor, norm: Norm) -> Tensor:
+    """As torch.nn.BatchNorm2d: the counter, then torch.nn.functional.batch_norm."""
     factor = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -46,6 +47,7 @@ def bn_act(
     relu: bool,
     pool: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Batch norm, residual addition, ReLU and pooling, one after the other."""
     z = batch_norm(input, norm)
     if residual is not None:
         z = z + (residual if residual_norm is None else batch_norm(residual, residual_norm))
@@ -55,6 +57,7 @@ def bn_act(
 
 
 def upsample(input: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Resize by torch.nn.functional.interpolate."""
     if mode == "nearest":
         return F.interpolate(input, size=size, mode="nearest")
     aligned = mode == "bilinear_align_corners"
@@ -62,6 +65,7 @@ def upsample(input: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def conv2d(input: Tensor, conv: Conv, skip: Tensor | None, mode: str) -> Tensor:
+    """Concatenate the sources if there are two, then convolve."""
     if skip is not None:
         size = (skip.shape[2], skip.shape[3])
         low = input if mode == "none" else upsample(input, size, mode)

@@ -1,4 +1,4 @@
-"""Why something runs the way it does: for an operator on some inputs, or for every block of a model."""
+"""Why something runs the way it does: an operator on some inputs, or every block of a model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The public operators: validation, autocast, the choice between the fused and the plain way.
 
 Tensors are NCHW-shaped, `[N, C, H, W]`, contiguous or channels_last (results take the layout of the
-first operand), in float64, float32, bfloat16 or float16. Statistics are computed in float32 (float64
-for float64). Numbers, errors for bad batch-norm input, and NaN behaviour are PyTorch eager's.
+first operand), in float64, float32, bfloat16 or float16. Statistics are computed in float32
+(float64 for float64). Numbers, errors for bad batch-norm input, and NaN behaviour are PyTorch
+eager's.
 
 The plain way (ordinary torch operations) is taken inside torch.func transforms and forward-mode AD,
 which do not see through custom operators, and for inputs that torch itself rejects, so that its own
@@ -11,6 +12,7 @@ error is raised.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -102,9 +104,9 @@ def conv_bn_act(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Convolution, batch norm, residual addition and ReLU in one differentiable operator.
 
-    z = relu(batch_norm(conv(input)) [+ residual | + batch_norm'(residual)]). With batch statistics a
-    bias of the convolution cancels: it is left out, added to the running mean, and its gradient is
-    exactly zero (eager's is rounding noise).
+    z = relu(batch_norm(conv(input)) [+ residual | + batch_norm'(residual)]). With batch statistics
+    a bias of the convolution cancels: it is left out, added to the running mean, and its gradient
+    is exactly zero (eager's is rounding noise).
 
     Args:
         input: [N, C, H, W]. Under autocast it is cast to the autocast dtype; the weight may stay
@@ -319,7 +321,7 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
 def _autocast(
     input: Tensor, skip: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cast the activations as autocast casts a convolution's operands; the weight is cast inside."""
+    """Cast the activations as autocast does for a convolution; the weight is cast inside."""
     dtype = _autocast_dtype(input)
     if dtype is None:
         return input, skip, residual
@@ -352,13 +354,16 @@ def _track(
     normalised: Tensor,
     norm: Norm,
     residual_norm: Norm | None,
-    stats: list[Tensor],
+    stats: Sequence[Tensor | None],
     conv_bias: Tensor | None,
 ) -> None:
     """Update running statistics; `normalised` gives the number of positions."""
     n, _, h, w = normalised.shape
-    if norm.training and norm.running_mean is not None:
-        update_running_stats(norm, stats[0], stats[1], n * h * w, conv_bias)
-    if residual_norm is not None and residual_norm.training:
-        if residual_norm.running_mean is not None:
-            update_running_stats(residual_norm, stats[2], stats[3], n * h * w)
+    mean, var, residual_mean, residual_var = stats
+    if norm.training and norm.running_mean is not None and mean is not None and var is not None:
+        update_running_stats(norm, mean, var, n * h * w, conv_bias)
+    other = residual_norm
+    if other is None or not other.training or other.running_mean is None:
+        return
+    if residual_mean is not None and residual_var is not None:
+        update_running_stats(other, residual_mean, residual_var, n * h * w)

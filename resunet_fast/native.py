@@ -42,5 +42,5 @@ def unavailable() -> list[str]:
 
 
 def ops() -> Any:
-    """The private operators `resunet_fast_native::*`; only meaningful when nothing is unavailable."""
+    """The private operators `resunet_fast_native::*`; call only when nothing is unavailable."""
     return torch.ops.resunet_fast_native

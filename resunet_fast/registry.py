@@ -1,8 +1,8 @@
-"""Operators and their implementations: one definition, several ways to compute it, one that is chosen.
+"""Operators and their implementations: one definition, several ways to compute it, one chosen.
 
 An :class:`Operator` is a dispatcher operator `resunet_fast::<name>`: its schema, its fake (shapes
-only), its autograd formula. An :class:`Implementation` only computes. :func:`select` picks the first
-implementation, in the order of preference below, that has nothing against the inputs, and
+only), its autograd formula. An :class:`Implementation` only computes. :func:`select` picks the
+first implementation, in the order of preference below, that has nothing against the inputs, and
 :func:`explain` says why the others were passed over. Nothing here knows what an operator computes.
 """
 
@@ -145,7 +145,11 @@ def _autograd_function(operator: Operator) -> type[torch.autograd.Function]:
         operator.setup_context(ctx, inputs, outputs)
         return outputs
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(operator.backward)}
+    def backward(ctx: Any, *grads: Any) -> Any:
+        assert operator.backward is not None
+        return operator.backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{operator.name}_autograd", (torch.autograd.Function,), members)
 
 
@@ -212,8 +216,8 @@ def explain(op_name: str, *inputs: Any) -> Explanation:
     return Explanation(op_name, select(operator, arguments, forced_backend()).name, refusals)
 
 
-# A module global, like torch's own backend switches: torch.compile guards on it and recompiles when it
-# changes, which it does not for context variables and thread-locals.
+# A module global, like torch's own backend switches: torch.compile guards on it and recompiles when
+# it changes, which it does not for context variables and thread-locals.
 _forced = ""
 _availability: dict[str, Callable[[], list[str]]] = {}
 

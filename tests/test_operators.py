@@ -144,8 +144,8 @@ def _judge(
 ) -> tuple[Tensor | None, ...]:
     """Autograd through the reference's forward in float64, with the implementation's own mask.
 
-    The ReLU is switched off in the reference and the mask multiplied in; max-pooling takes the window
-    elements that the implementation's rounded output makes largest.
+    The ReLU is switched off in the reference and the mask multiplied in; max-pooling takes the
+    window elements that the implementation's rounded output makes largest.
     """
     names = argument_names(case.operator)
     doubles = [

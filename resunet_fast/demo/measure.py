@@ -122,7 +122,7 @@ def agreement(fast: nn.Module, plain: nn.Module, images: Tensor, batch: Batch) -
 
 def _gradient(network: nn.Module, batch: Batch) -> Tensor:
     network.train().zero_grad()
-    segmentation_loss(network(batch.images), batch.masks).backward()  # type: ignore[no-untyped-call]
+    segmentation_loss(network(batch.images), batch.masks).backward()
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     return torch.cat([gradient.flatten().double() for gradient in gradients])
 
@@ -194,7 +194,7 @@ def _cuda_peak(trial: nn.Module, batch: Batch) -> int:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    segmentation_loss(trial(batch.images), batch.masks).backward()  # type: ignore[no-untyped-call]
+    segmentation_loss(trial(batch.images), batch.masks).backward()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 

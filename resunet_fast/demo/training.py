@@ -92,7 +92,7 @@ def training_step(contestant: Contestant, batch: Batch, rate: float) -> None:
     start = time.perf_counter()
     contestant.optimizer.zero_grad(set_to_none=True)
     loss = segmentation_loss(contestant.network(batch.images), batch.masks)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     contestant.optimizer.step()
     synchronize(batch.images.device)
     contestant.seconds.append(time.perf_counter() - start)

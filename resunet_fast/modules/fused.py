@@ -44,7 +44,7 @@ def refusals(block: DoubleConv | ResBlock | PreActResBlock) -> list[str]:
     for name, part, expected in block.parts():
         if type(part) is not expected:
             reasons.append(f"{name} is a {type(part).__name__}, not exactly a {expected.__name__}")
-        elif hooked(part):
+        elif part is not None and hooked(part):
             reasons.append(f"{name} has hooks or a forward of its own")
         elif isinstance(part, nn.Conv2d) and not _zero_padded(part):
             reasons.append(f"{name} pads with {part.padding_mode}, {part.padding}")
@@ -62,6 +62,11 @@ def _sequence(name: str, sequence: nn.Module | None, kinds: tuple[type[nn.Module
         numbered = enumerate(zip_longest(sequence, kinds, fillvalue=None))
         parts += [(f"{name}.{i}", part, kind or type(None)) for i, (part, kind) in numbered]
     return parts
+
+
+def _children(sequence: nn.Module) -> list[Any]:
+    """The layers of a Sequential whose classes :func:`refusals` has checked."""
+    return list(sequence.children())
 
 
 def _residual_parts(block: ResBlock | PreActResBlock) -> Parts:
@@ -104,7 +109,8 @@ def _pair(
     """Convolution, batch norm, ReLU; convolution, batch norm [+ residual], ReLU [and pool].
 
     Kept for backward: the sources, both convolutions' results, and the first ReLU's unless
-    `recompute`; the last ReLU's only with a residual or pooling, where the next block keeps it anyway.
+    `recompute`; the last ReLU's only with a residual or pooling, where the next block keeps it
+    anyway.
     """
     first, second = Conv.of(convs[0]), Conv.of(convs[1])
     sources = {"skip": skip, "upsample": UPSAMPLE[mode]}
@@ -125,18 +131,19 @@ class DoubleConv(plain.DoubleConv):
 
     def parts(self) -> Parts:
         """The children that are fused, with the class that each must have."""
-        kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
-        kinds = kinds if self.order == "post" else (*kinds[1:], kinds[0])
+        conv, rest = (nn.Conv2d,), (nn.BatchNorm2d, nn.ReLU)
+        kinds = (*conv, *rest) if self.order == "post" else (*rest, *conv)
         return _sequence("double_conv", self.double_conv, kinds * 2)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, skip: Tensor | None = None, upsample: str = "none", pool: bool = False
     ) -> Output:
         """Compute z, or (z, pooled)."""
         if refusals(self):
             return _pooled(super().forward(_source(x, skip, upsample)), pool)
+        layers = _children(self.double_conv)
         if self.order == "post":
-            conv1, bn1, _, conv2, bn2, _ = self.double_conv
+            conv1, bn1, _, conv2, bn2, _ = layers
             return _pair(
                 x,
                 (conv1, conv2),
@@ -148,7 +155,7 @@ class DoubleConv(plain.DoubleConv):
                 pool=pool,
                 recompute=self.recompute,
             )
-        bn1, _, conv1, bn2, _, conv2 = self.double_conv
+        bn1, _, conv1, bn2, _, conv2 = layers
         y = _source(x, skip, upsample)
         for bn, conv in ((bn1, conv1), (bn2, conv2)):
             y = rf.bn_act_conv(y, Norm.of(bn), Conv.of(conv), recompute=self.recompute)
@@ -164,7 +171,7 @@ class ResBlock(plain.ResBlock):
         """The children that are fused, with the class that each must have."""
         return _residual_parts(self)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, skip: Tensor | None = None, upsample: str = "none", pool: bool = False
     ) -> Output:
         """Compute z, or (z, pooled)."""
@@ -172,7 +179,7 @@ class ResBlock(plain.ResBlock):
             return _pooled(super().forward(_source(x, skip, upsample)), pool)
         residual, residual_norm = x, None
         if self.downsample is not None:
-            conv, bn = self.downsample
+            conv, bn = _children(self.downsample)
             residual = rf.conv2d(x, Conv.of(conv), skip=skip, upsample=UPSAMPLE[upsample])
             residual_norm = Norm.of(bn)
         return _pair(
@@ -198,7 +205,7 @@ class PreActResBlock(plain.PreActResBlock):
         parts = _residual_parts(self)
         return parts if self.bn1 is not None else parts[1:]
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, skip: Tensor | None = None, upsample: str = "none", pool: bool = False
     ) -> Output:
         """Compute the sum, or (sum, pooled)."""
@@ -212,7 +219,7 @@ class PreActResBlock(plain.PreActResBlock):
         y = rf.bn_act_conv(y, Norm.of(self.bn2), Conv.of(self.conv2), recompute=self.recompute)
         if self.downsample is None:
             return _pooled(y + x, pool)
-        conv, bn = self.downsample
+        conv, bn = _children(self.downsample)
         shortcut = rf.conv2d(x, Conv.of(conv))
         return rf.bn_act(shortcut, Norm.of(bn), residual=y, relu=False, pool=pool)
 

@@ -6,6 +6,7 @@ operator's arguments in any dtype and layout. Adding an operator means adding it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,8 +59,8 @@ class _Maker:
         return values.contiguous(memory_format=self.layout)
 
     def weight(self, *shape: int) -> Tensor:
-        fan_in = shape[1] * shape[2] * shape[3]
-        values = torch.randn(shape, generator=self.generator) / fan_in**0.5
+        fan_in = math.prod(shape[1:])
+        values = torch.randn(shape, generator=self.generator) / math.sqrt(fan_in)
         return values.to(self.dtype).contiguous(memory_format=self.layout)
 
     def vector(self, channels: int, positive: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def worst(actual: Tensor, expected: Tensor) -> tuple[float, tuple[int, ...]]:
-    """Return the largest absolute difference and where it is; a NaN on one side only is infinite."""
+    """Return the largest absolute difference and where; a NaN on one side only is infinite."""
     difference = (actual.double() - expected.double()).abs()
     same = (actual.double() == expected.double()) | (actual.isnan() & expected.isnan())
     difference = torch.where(same, 0.0, difference).nan_to_num(nan=torch.inf)

@@ -1,8 +1,8 @@
 """How far a result may be from float64, from the dtype's epsilon and the length of the sums.
 
 A result rounded once is off by epsilon / 2 of its size. A sum of n terms in the accumulator's
-precision, in blocks, is off by about sqrt(n) * epsilon of the terms' size (random signs); the factor
-below covers the largest of the tens of thousands of elements of a case.
+precision, in blocks, is off by about sqrt(n) * epsilon of the terms' size (random signs); the
+factor below covers the largest of the tens of thousands of elements of a case.
 """
 
 from __future__ import annotations

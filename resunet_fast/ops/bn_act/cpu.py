@@ -114,7 +114,8 @@ def backward(
     else:
         assert grad_output is not None
         g = dense(grad_output, layout)
-    # The gradient of the pooled tensor was summed into a buffer of our own: reuse it for the result.
+    # The gradient of the pooled tensor was summed into a buffer of our own: reuse it for the
+    # result.
     dx = (owned if owned is not None else empty(x, x.shape, layout)) if output_mask[0] else None
     grads = (
         dx,

@@ -1,13 +1,14 @@
 """bn_act: z = relu(batch_norm(x) [+ r | + batch_norm'(r)]) and optionally max_pool2d(z, 2).
 
-Saved for backward: x, the statistics, the affine vectors; z only with a residual or pooling (the mask
-is recomputed from x elsewhere); r only with its own batch norm.
+Saved for backward: x, the statistics, the affine vectors; z only with a residual or pooling (the
+mask is recomputed from x elsewhere); r only with its own batch norm.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
@@ -20,7 +21,7 @@ GRADIENTS = 6  # input, weight, bias, residual, residual_weight, residual_bias
 
 
 class BnActArguments(NamedTuple):
-    """The operator's arguments without `backend`; `mean` and `var` are None for batch statistics."""
+    """The operator's arguments without `backend`; no `mean` and `var`: batch statistics."""
 
     input: Tensor
     weight: Tensor | None = None
@@ -76,7 +77,7 @@ def save(ctx: Any, a: BnActArguments, x: Tensor, outputs: tuple[Tensor | None, .
         outputs: (output, pooled, mean, var, residual_mean, residual_var) as returned.
     """
     output, _, mean, var, residual_mean, residual_var = outputs
-    needs_output = a.relu and a.residual is not None or a.pool
+    needs_output = a.pool or (a.relu and a.residual is not None)
     ctx.norm_tensors = (
         x,
         output if needs_output else None,
@@ -178,7 +179,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
 
     def vector(like: Tensor | None) -> Tensor:
         dtype = accumulator(x.dtype) if like is None else like.dtype
-        return x.new_empty(x.shape[1], dtype=dtype)
+        return torch.empty(x.shape[1], dtype=dtype, device=x.device)
 
     def image() -> Tensor:
         return empty(x, x.shape, layout_of(x))

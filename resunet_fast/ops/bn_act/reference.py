@@ -62,7 +62,7 @@ def forward(
     relu: bool,
     pool: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Compute (z, pooled, mean, var, residual_mean, residual_var); what was given is not returned."""
+    """Compute (z, pooled, mean, var, residual_mean, residual_var), None for what was given."""
     x = input.to(accumulator(input.dtype))
     own = (None, None) if mean is not None else statistics(x)
     v, _, _ = normalise(x, *_given(mean, var, own), weight, bias, eps)
@@ -139,7 +139,7 @@ def _upstream(grad_output: Tensor | None, grad_pooled: Tensor | None, z: Tensor)
     if grad_pooled is None:
         return torch.zeros_like(z) if grad_output is None else grad_output
     _, indices = F.max_pool2d(z, 2, return_indices=True)
-    scattered = F.max_unpool2d(grad_pooled, indices, 2, output_size=z.shape[2:])
+    scattered = F.max_unpool2d(grad_pooled, indices, (2, 2), output_size=list(z.shape[2:]))
     return scattered if grad_output is None else grad_output + scattered
 
 

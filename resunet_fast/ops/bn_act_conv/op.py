@@ -1,7 +1,8 @@
-"""bn_act_conv: y = conv(relu(batch_norm(x))), the pre-activation unit and the means of recomputation.
+"""bn_act_conv: y = conv(relu(batch_norm(x))), the pre-activation unit, and how to recompute.
 
 Saved for backward: x, the statistics and the weight; z = relu(batch_norm(x)) as well unless
-`recompute`, which computes it again from x and the saved statistics (one more sweep, one tensor less).
+`recompute`, which computes it again from x and the saved statistics (one more sweep, one tensor
+less).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _NORM_ARGUMENTS = 7
 
 
 def _norm(arguments: tuple[Any, ...]) -> bn_act.BnActArguments:
-    *norm, relu = arguments[:_NORM_ARGUMENTS]
-    return bn_act.BnActArguments(*norm, relu=relu)
+    x, weight, bias, mean, var, eps, relu = arguments[:_NORM_ARGUMENTS]
+    return bn_act.BnActArguments(x, weight, bias, mean, var, eps, relu=relu)
 
 
 def _conv(z: Tensor, arguments: tuple[Any, ...]) -> conv2d.ConvArguments:
-    *geometry, _, _ = arguments[_NORM_ARGUMENTS:]
-    return conv2d.ConvArguments(z, None, *geometry, "none")
+    weight, bias, stride, padding, dilation, groups, _, _ = arguments[_NORM_ARGUMENTS:]
+    return conv2d.ConvArguments(z, None, weight, bias, stride, padding, dilation, groups, "none")
 
 
 def _composed(
@@ -71,18 +72,20 @@ def _backward(
     norm_saved = ctx.saved_tensors[: bn_act.SAVED]
     z, conv_weight, conv_bias = ctx.saved_tensors[bn_act.SAVED :]
     need = ctx.needs_input_grad
-    dz, conv_grads = grad_z, (None, None)
+    dz = grad_z
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
     if grad_y is not None:
         if z is None:
             z = _recomputed(ctx, norm_saved)
         wanted = [True, False, *need[_NORM_ARGUMENTS : _NORM_ARGUMENTS + 2]]
         saved = (z, None, conv_weight, conv_bias)
-        dz, _, *conv_grads = conv2d.gradients(ctx, saved, grad_y, wanted)
-        if grad_z is not None:
+        dz, _none, dweight, dbias = conv2d.gradients(ctx, saved, grad_y, wanted)
+        if grad_z is not None and dz is not None:
             dz = dz + grad_z
     norm_wanted = [need[0], *need[1:3], False, False, False]
-    dx, dweight, dbias, *_ = bn_act.gradients(ctx, norm_saved, dz, None, norm_wanted)
-    return (dx, dweight, dbias, *[None] * 4, *conv_grads, *[None] * 7)
+    norm_grads: tuple[Tensor | None, ...] = bn_act.gradients(ctx, norm_saved, dz, None, norm_wanted)
+    return (*norm_grads[:3], *[None] * 4, dweight, dbias, *[None] * 7)
 
 
 def _recomputed(ctx: Any, norm_saved: tuple[Tensor | None, ...]) -> Tensor:

@@ -1,8 +1,8 @@
 """Convolution on the CPU: oneDNN's, through ATen, fed and drained by the compiled library.
 
-Two sources become one transient buffer, written in a single sweep and dropped after the convolution:
-two convolutions that accumulate would read and write the result once more and copy two slices of the
-weight.
+Two sources become one transient buffer, written in a single sweep and dropped after the
+convolution: two convolutions that accumulate would read and write the result once more and copy two
+slices of the weight.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ..upsample import cpu as upsample
 
 # With more weights than this per position, oneDNN's weight gradient spends its time moving weights,
 # and one matrix product per tap is faster (measured on AVX-512 without AMX, weight gradient alone:
-# 1024 to 1024 channels on 2x8x8, 50.9 to 31.6 ms in float32 and 27.4 to 8.8 ms in bfloat16; 1536 to 512
-# on 2x16x16, 64.0 to 51.1 and 22.3 to 21.1 ms; 512 to 512 there, 13.5 to 16.7 and 6.8 to 7.3 ms).
+# 1024 to 1024 channels on 2x8x8, 50.9 to 31.6 ms in float32 and 27.4 to 8.8 ms in bfloat16; 1536 to
+# 512 on 2x16x16, 64.0 to 51.1 and 22.3 to 21.1 ms; 512 to 512 there, 13.5 to 16.7 and 6.8 to 7.3
+# ms).
 _TAP_PRODUCTS_MIN_WEIGHTS_PER_POSITION = 1024
 
 
@@ -135,8 +136,9 @@ def _prefers_tap_products(
 def weight_gradient_by_taps(grad_output: Tensor, x: Tensor) -> Tensor:
     """Weight gradient of a 3x3 stride-1 padding-1 convolution as nine matrix products.
 
-    With both tensors laid out as rows of pixels with one zero column between rows and one zero row
-    between images, a tap is a constant offset: dW[k, r, s, c] = sum_p g[p, k] * x[p + offset(r, s), c].
+    dW[k, r, s, c] = sum_p g[p, k] * x[p + offset(r, s), c]: with both tensors laid out as rows of
+    pixels, one zero column between rows and one zero row between images, a tap is a constant
+    offset.
 
     Args:
         grad_output: [N, K, H, W].

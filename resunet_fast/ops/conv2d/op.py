@@ -1,7 +1,7 @@
 """conv2d: a convolution over one source, or over two without keeping their concatenation.
 
-Saved for backward: the sources and the weight as they came, hence neither the upsampled tensor, nor the
-concatenation, nor a rounded copy of the weight.
+Saved for backward: the sources and the weight as they came, hence neither the upsampled tensor, nor
+the concatenation, nor a rounded copy of the weight.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
     y = conv2d(x, weight) + bias                                       without a skip
     y = conv2d(cat([upsample(x to skip's size), skip], channels), weight) + bias
 
-The weight may be float32 with 16-bit sources: it is rounded to their dtype for the convolution and its
-gradient is returned in float32, as autocast does, without keeping the rounded copy.
-Source: torch.nn.functional.conv2d and torch.ops.aten.convolution_backward, whose results are the contract.
+The weight may be float32 with 16-bit sources: it is rounded to their dtype for the convolution and
+its gradient is returned in float32, as autocast does, without keeping the rounded copy.
+
+Source: torch.nn.functional.conv2d and torch.ops.aten.convolution_backward, whose results are the
+contract.
 """
 
 from __future__ import annotations

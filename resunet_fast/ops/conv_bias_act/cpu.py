@@ -49,10 +49,12 @@ def forward(
     geometry = (padding, stride, dilation, groups)
     activation = "relu" if relu else "none"
     if residual is None:
-        return torch.ops.mkldnn._convolution_pointwise(
+        alone: Tensor = torch.ops.mkldnn._convolution_pointwise(
             input, w, shift, *geometry, activation, [], None
         )
+        return alone
     other = dense(residual, layout_of(input))
-    return torch.ops.mkldnn._convolution_pointwise.binary(
+    summed: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
         input, other, w, shift, *geometry, "add", 1.0, activation if relu else None, [], None
     )
+    return summed

@@ -1,4 +1,4 @@
-"""conv_bias_act: z = relu(conv(x) + bias + r) in one kernel, for inference: it has no derivative."""
+"""conv_bias_act: z = relu(conv(x) + bias + r) in one kernel; for inference, not differentiable."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
     raise RuntimeError(
-        "conv_bias_act is for inference and has no derivative: call it under torch.no_grad(), or use"
-        " conv_bn_act or torch.nn.functional.conv2d for training"
+        "conv_bias_act is for inference and has no derivative: call it under torch.no_grad(), or"
+        " use conv_bn_act or torch.nn.functional.conv2d for training"
     )
 
 

@@ -1,7 +1,7 @@
 """conv_bn_act: z = relu(batch_norm(conv(x)) [+ r | + batch_norm'(r)]), optionally max_pool2d(z, 2).
 
-With batch statistics a bias of the convolution cancels: it is left out, its gradient is zero, and the
-returned mean is that of the convolution without it (running statistics add it back). With given
+With batch statistics a bias of the convolution cancels: it is left out, its gradient is zero, and
+the returned mean is that of the convolution without it (running statistics add it back). With given
 statistics it is a bias like any other. Two sources are as in conv2d.
 
 Saved for backward: what conv2d and bn_act save, y = conv(x) between them.
