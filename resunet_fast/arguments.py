@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class Norm(NamedTuple):
     @property
     def batch_stats(self) -> bool:
         """Whether the batch's own statistics normalise it."""
-        return self.training or self.running_mean is None
+        return self.training or (self.running_mean is None and self.running_var is None)
 
 
 def fits(input: Tensor | None, norm: Norm | None, pool: bool = False) -> bool:
@@ -85,56 +86,71 @@ def fits(input: Tensor | None, norm: Norm | None, pool: bool = False) -> bool:
         return True
     if input.dim() != 4 or input.numel() == 0:
         return False
-    n, c, h, w = input.shape
-    if pool and min(h, w) < 2:
-        return False
-    return fits_width(c, input.dtype, norm) and not (norm.batch_stats and n * h * w == 1)
+    return normalises(input.shape, input.dtype, norm, pool)
 
 
-def fits_width(channels: int, dtype: torch.dtype, norm: Norm) -> bool:
-    """Whether the fused batch norm takes this many channels of this dtype with these vectors."""
-    if dtype not in DTYPES or (
-        norm.training
-        and norm.running_mean is not None
-        and norm.momentum is None
-        and norm.num_batches_tracked is None
-    ):
+def normalises(shape: Sequence[int], dtype: torch.dtype, norm: Norm, pool: bool) -> bool:
+    """Whether the fused batch norm takes an image of this shape and dtype with these vectors."""
+    n, c, h, w = shape
+    if min(h, w) < (2 if pool else 1) or (norm.batch_stats and n * h * w == 1):
         return False
-    allowed = (dtype, accumulator(dtype))
+    if dtype not in DTYPES or not _tracks(norm):
+        return False
     vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return all(v is None or (v.dtype in allowed and v.shape == (channels,)) for v in vectors)
+    given = [v for v in vectors if v is not None]
+    allowed = (dtype, accumulator(dtype))
+    return len({v.dtype for v in given}) <= 1 and all(
+        v.dtype in allowed and v.shape == (c,) for v in given
+    )
 
 
-def convolves(input: Tensor, conv: Conv) -> bool:
+def _tracks(norm: Norm) -> bool:
+    """Whether the running tensors that the mode needs are there, and no others."""
+    if (norm.running_mean is None) != (norm.running_var is None):
+        return False
+    if not norm.training:
+        return True
+    if norm.running_mean is None:
+        return norm.num_batches_tracked is None
+    return norm.momentum is not None or norm.num_batches_tracked is not None
+
+
+def convolves(input: Tensor, conv: Conv, skip: Tensor | None = None) -> bool:
     """Whether the fused convolution takes these; torch reports what does not fit."""
     if input.dim() != 4 or input.dtype not in DTYPES or input.numel() == 0:
         return False
-    mixed = conv.weight.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
-    return conv.weight.dtype == input.dtype or mixed
+    if conv.weight.dim() != 4 or min(conv.stride) < 1:
+        return False
+    if skip is not None and skip.dtype != input.dtype:
+        return False
+    weight = conv.weight.dtype
+    mixed = weight == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+    return (mixed or weight == input.dtype) and (
+        conv.bias is None
+        or (conv.bias.dtype in (weight, input.dtype) and conv.bias.shape == (conv.weight.shape[0],))
+    )
 
 
-def conv_size(input: Tensor, conv: Conv) -> list[int]:
-    """Spatial size of the convolution's result."""
+def conv_shape(input: Tensor, conv: Conv) -> tuple[int, ...]:
+    """Shape of the convolution's result."""
     kernel = conv.weight.shape[2:]
     axes = zip(input.shape[2:], kernel, conv.stride, conv.padding, conv.dilation, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
+    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
+    return (input.shape[0], conv.weight.shape[0], *spatial)
 
 
-def check_residual(input: Tensor, residual: Tensor | None, residual_norm: Norm | None) -> None:
+def check_residual(
+    shape: Sequence[int], dtype: torch.dtype, residual: Tensor | None, norm: Norm | None = None
+) -> None:
     """Raise ValueError unless the residual has the shape and dtype of what it is added to."""
     if residual is None:
-        if residual_norm is not None:
+        if norm is not None:
             raise ValueError("residual_norm: expected None without a residual")
         return
-    check_shape(residual, tuple(input.shape))
-    if residual.dtype != input.dtype:
-        raise ValueError(f"residual: expected dtype {input.dtype}, got {residual.dtype}")
-
-
-def check_shape(residual: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise ValueError unless the residual has the expected shape."""
-    if tuple(residual.shape) != expected:
-        raise ValueError(f"residual: expected shape {expected}, got {tuple(residual.shape)}")
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")
+    if residual.dtype != dtype:
+        raise ValueError(f"residual: expected dtype {dtype}, got {residual.dtype}")
 
 
 def check_sources(input: Tensor, skip: Tensor | None, mode: str) -> None:

@@ -1,7 +1,7 @@
 """The plain way: the same results from ordinary torch operations.
 
-Taken inside torch.func transforms and forward-mode AD, which do not see through custom operators,
-and for inputs that torch itself rejects, so that its own error is raised.
+Taken inside torch.func transforms, which do not see through custom operators, and for inputs that
+torch itself rejects, so that its own error is raised.
 """
 
 from __future__ import annotations
@@ -13,27 +13,20 @@ from torch import Tensor
 from .arguments import Conv, Norm
 
 
-def required(*tensors: Tensor | None) -> bool:
+def required() -> bool:
     """Whether a transform is active that does not see through custom operators."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if torch.autograd.forward_ad._current_level < 0:
-        return False
-    return any(
-        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
-        for t in tensors
-    )
+    return torch._C._are_functorch_transforms_active()
 
 
 def batch_norm(input: Tensor, norm: Norm) -> Tensor:
     """As torch.nn.BatchNorm2d: the counter, then torch.nn.functional.batch_norm."""
+    if input.dim() != 4:
+        raise ValueError(f"expected 4D input (got {input.dim()}D input)")
     factor = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             factor = 1.0 / float(norm.num_batches_tracked)
-    if input.dim() != 4:
-        raise ValueError(f"expected 4D input (got {input.dim()}D input)")
     running = (norm.running_mean, norm.running_var)
     affine = (norm.weight, norm.bias)
     return F.batch_norm(input, *running, *affine, norm.batch_stats, factor, norm.eps)

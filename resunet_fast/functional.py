@@ -5,15 +5,13 @@ first operand), in float64, float32, bfloat16 or float16. Statistics are compute
 (float64 for float64). Numbers, errors for bad batch-norm input, and NaN behaviour are PyTorch
 eager's.
 
-The plain way (ordinary torch operations) is taken inside torch.func transforms and forward-mode AD,
-which do not see through custom operators, and for inputs that torch itself rejects, so that its own
-error is raised.
+The plain way (ordinary torch operations) is taken inside torch.func transforms, which do not see
+through custom operators, and for inputs that torch itself rejects, so that its own error is raised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +23,11 @@ from .arguments import (
     Conv,
     Norm,
     check_residual,
-    check_shape,
     check_sources,
-    conv_size,
+    conv_shape,
     convolves,
     fits,
-    fits_width,
+    normalises,
 )
 from .ops.upsample.reference import MODES
 from .registry import forced_backend
@@ -65,7 +62,7 @@ def bn_act(
     Args:
         input: [N, C, H, W].
         norm: the batch norm; its running statistics are updated in place when training.
-        residual: same shape and dtype as `input`, or None.
+        residual: same shape and dtype as `input` (autocast converts it), or None.
         residual_norm: the residual's own batch norm, or None.
         relu: apply the ReLU.
         pool: return also max_pool2d(z, 2), from the same sweep.
@@ -79,9 +76,10 @@ def bn_act(
 
     Source: resunet_fast/ops/bn_act/reference.py, docs/math.md.
     """
-    check_residual(input, residual, residual_norm)
-    tensors = (input, residual)
-    if eager.required(*tensors) or not fits(input, norm, pool) or not fits(residual, residual_norm):
+    if residual is not None and _autocast_dtype(input) is not None:
+        residual = residual.to(input.dtype)
+    check_residual(input.shape, input.dtype, residual, residual_norm)
+    if eager.required() or not fits(input, norm, pool) or not fits(residual, residual_norm):
         return eager.bn_act(input, norm, residual, residual_norm, relu, pool)
     z, pooled, *stats = ops.bn_act.BN_ACT(
         input, *_norm_arguments(norm, residual, residual_norm), relu, pool, forced_backend()
@@ -116,7 +114,7 @@ def conv_bn_act(
         skip: [N, C', H', W'], a second source, convolved behind `input` along the channels.
         upsample: how `input` reaches the skip's size: "none", "nearest", "bilinear" or
             "bilinear_align_corners".
-        residual: same shape as the result, or None.
+        residual: same shape and dtype as the result (autocast converts it), or None.
         residual_norm: the residual's own batch norm, or None.
         relu: apply the ReLU.
         pool: return also max_pool2d(z, 2), from the same sweep.
@@ -125,43 +123,37 @@ def conv_bn_act(
         z, or with `pool` the pair (z, pooled).
 
     Raises:
-        ValueError: `skip` and `upsample` do not go together, or `residual_norm` lacks `residual`.
+        ValueError: `skip` and `upsample` do not go together, `residual` does not match the result,
+            or `residual_norm` comes without it.
         Whatever torch.nn.functional.conv2d and batch_norm raise for bad input.
     """
     check_sources(input, skip, upsample)
     input, skip, residual = _autocast(input, skip, residual)
-    tensors = (input, skip, residual, conv.weight, conv.bias)
     if (
-        eager.required(*tensors)
-        or not convolves(input, conv)
-        or not fits_width(conv.weight.shape[0], input.dtype, norm)
+        eager.required()
+        or not convolves(input, conv, skip)
+        or not normalises(_result_shape(input, skip, conv), input.dtype, norm, pool)
         or not fits(residual, residual_norm)
     ):
         y = eager.conv2d(input, conv, skip, upsample)
-        check_residual(y, residual, residual_norm)
+        check_residual(y.shape, y.dtype, residual, residual_norm)
         return eager.bn_act(y, norm, residual, residual_norm, relu, pool)
-    spatial = conv_size(input if skip is None else skip, conv)
-    if norm.batch_stats and input.shape[0] * spatial[0] * spatial[1] <= 1:
-        y = eager.conv2d(input, conv, skip, upsample)
-        return eager.bn_act(y, norm, residual, residual_norm, relu, pool)
-    if residual is not None:
-        expected = (input.shape[0], conv.weight.shape[0], *spatial)
-        check_shape(residual, expected)
+    check_residual(_result_shape(input, skip, conv), input.dtype, residual, residual_norm)
+    tensors = (input, skip, residual, conv.weight, conv.bias)
     affine = (norm.weight, norm.bias)
     other = (None, None) if residual_norm is None else (residual_norm.weight, residual_norm.bias)
-    with _no_autocast(input):
-        z, pooled, y, *stats = ops.conv_bn_act.CONV_BN_ACT(
-            input,
-            skip,
-            *conv,
-            upsample,
-            *_norm_arguments(norm, residual, residual_norm),
-            relu,
-            pool,
-            _needs_grad(*tensors, *affine, *other),
-            forced_backend(),
-        )
-        _track(z, norm, residual_norm, stats, conv.bias)
+    z, pooled, y, *stats = ops.conv_bn_act.CONV_BN_ACT(
+        input,
+        skip,
+        *conv,
+        upsample,
+        *_norm_arguments(norm, residual, residual_norm),
+        relu,
+        pool,
+        _needs_grad(*tensors, *affine, *other),
+        forced_backend(),
+    )
+    _track(z, norm, residual_norm, stats, conv.bias)
     return (z, pooled) if pool else z
 
 
@@ -186,7 +178,7 @@ def bn_act_conv(
     cast = _autocast_dtype(input)
     tensors = (input, conv.weight, conv.bias)
     target = input.dtype if cast is None else cast
-    if eager.required(*tensors) or not fits(input, norm) or target != input.dtype:
+    if eager.required() or not fits(input, norm) or target != input.dtype:
         z = eager.bn_act(input, norm, None, None, relu, False)
         assert isinstance(z, Tensor)
         return F.conv2d(z, *conv)
@@ -196,12 +188,11 @@ def bn_act_conv(
         return F.conv2d(z, *conv)
     weight, bias, mean, var, eps, *_ = _norm_arguments(norm, None, None)
     keep = _needs_grad(*tensors, norm.weight, norm.bias)
-    with _no_autocast(input):
-        y: Tensor
-        y, _, *stats = ops.bn_act_conv.BN_ACT_CONV(
-            input, weight, bias, mean, var, eps, relu, *conv, recompute, keep, forced_backend()
-        )
-        _track(input, norm, None, [*stats, None, None], None)
+    y: Tensor
+    y, _, *stats = ops.bn_act_conv.BN_ACT_CONV(
+        input, weight, bias, mean, var, eps, relu, *conv, recompute, keep, forced_backend()
+    )
+    _track(input, norm, None, [*stats, None, None], None)
     return y
 
 
@@ -226,10 +217,9 @@ def conv2d(
     """
     check_sources(input, skip, upsample)
     input, skip, _ = _autocast(input, skip, None)
-    if eager.required(input, skip, conv.weight, conv.bias) or not convolves(input, conv):
+    if eager.required() or not convolves(input, conv, skip):
         return eager.conv2d(input, conv, skip, upsample)
-    with _no_autocast(input):
-        y: Tensor = ops.conv2d.CONV2D(input, skip, *conv, upsample, forced_backend())
+    y: Tensor = ops.conv2d.CONV2D(input, skip, *conv, upsample, forced_backend())
     return y
 
 
@@ -243,7 +233,7 @@ def conv_bias_act(
     Args:
         input: [N, C, H, W].
         conv: the convolution with its bias.
-        residual: same shape as the result, or None.
+        residual: same shape and dtype as the result (autocast converts it), or None.
         relu: apply the ReLU.
 
     Raises:
@@ -251,17 +241,16 @@ def conv_bias_act(
         ValueError: `residual` does not match the result.
     """
     input, _, residual = _autocast(input, None, residual)
-    if residual is not None:
-        check_shape(residual, (input.shape[0], conv.weight.shape[0], *conv_size(input, conv)))
-    if eager.required(input, residual, conv.weight, conv.bias) or not convolves(input, conv):
+    if eager.required() or not convolves(input, conv):
         z = F.conv2d(input, *conv)
+        check_residual(z.shape, z.dtype, residual)
         z = z if residual is None else z + residual
         return z.relu() if relu else z
+    check_residual(conv_shape(input, conv), input.dtype, residual)
     weight, bias, *geometry = conv
-    with _no_autocast(input):
-        fused: Tensor = ops.conv_bias_act.CONV_BIAS_ACT(
-            input, weight, bias, residual, relu, *geometry, forced_backend()
-        )
+    fused: Tensor = ops.conv_bias_act.CONV_BIAS_ACT(
+        input, weight, bias, residual, relu, *geometry, forced_backend()
+    )
     return fused
 
 
@@ -283,7 +272,7 @@ def upsample(input: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Te
         raise ValueError(f"mode: expected one of {list(MODES)}, got {mode!r}")
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"size: expected two numbers of at least 1, got {tuple(size)}")
-    if eager.required(input) or input.dim() != 4 or input.dtype not in DTYPES or input.numel() == 0:
+    if eager.required() or input.dim() != 4 or input.dtype not in DTYPES or input.numel() == 0:
         return eager.upsample(input, size, mode)
     result: Tensor = ops.upsample.UPSAMPLE(input, size, mode, forced_backend())
     return result
@@ -300,7 +289,12 @@ def update_running_stats(
         mean, var: [C], the batch's mean and biased variance.
         count: positions per channel, N * H * W; 0 leaves the running statistics alone.
         conv_bias: [C], added to `mean`: a convolution bias that was left out.
+
+    Raises:
+        ValueError: one position, which has no unbiased variance.
     """
+    if count == 1:
+        raise ValueError("count: expected 0 or at least 2 positions per channel, got 1")
     running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     ops.running_stats.UPDATE_RUNNING_STATS(
         *running, mean, var, conv_bias, count, norm.momentum, forced_backend()
@@ -329,12 +323,8 @@ def _autocast(
     return input.to(dtype), behind, None if residual is None else residual.to(dtype)
 
 
-def _no_autocast(input: Tensor) -> AbstractContextManager[None]:
-    """The operators' own arithmetic is not autocast's business."""
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+def _result_shape(input: Tensor, skip: Tensor | None, conv: Conv) -> tuple[int, ...]:
+    return conv_shape(input if skip is None else skip, conv)
 
 
 def _norm_arguments(

@@ -9,7 +9,7 @@ first implementation, in the order of preference below, that has nothing against
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,13 +102,18 @@ class Operator:
 
     def _compute(self, *args: Any) -> Any:
         *inputs, backend = self.complete(args)
-        return select(self, inputs, backend).compute(*inputs)
+        implementation = select(self, inputs, backend)
+        with _no_autocast(inputs):
+            return implementation.compute(*inputs)
 
     def _fake(self, *args: Any) -> Any:
         return self.fake(*self.complete(args)[:-1])
 
     def _differentiate(self, *args: Any) -> Any:
         inputs = self.complete(args)
+        if _has_tangents(inputs):
+            # A custom operator would return tangents of zero, silently.
+            return self.implementations["reference"].compute(*inputs[:-1])
         if torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         ):
@@ -129,6 +134,25 @@ class Operator:
         if _REQUIRED in missing:
             raise TypeError(f"{self.name}: got {len(args)} arguments for {self.schema}")
         return (*args, *missing)
+
+
+def _no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[None]:
+    """An implementation's own arithmetic is not autocast's business, whoever calls it."""
+    device = next(value.device.type for value in inputs if isinstance(value, Tensor))
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _has_tangents(inputs: Sequence[Any]) -> bool:
+    """Whether forward-mode AD differentiates with respect to one of the inputs."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(
+        isinstance(value, Tensor)
+        and torch.autograd.forward_ad.unpack_dual(value).tangent is not None
+        for value in inputs
+    )
 
 
 def _autograd_function(operator: Operator) -> type[torch.autograd.Function]:

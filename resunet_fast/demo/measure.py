@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resunet_fast.demo.dataset import Batch
 from resunet_fast.demo.training import Contestant, segmentation_loss, synchronize
+from resunet_fast.testing.memory import kept_bytes
 
 
 @dataclass(frozen=True)
@@ -169,25 +170,7 @@ def training_bytes(network: nn.Module, batch: Batch) -> int:
     trial = copy.deepcopy(network).train()
     if batch.images.is_cuda:
         return _cuda_peak(trial, batch)
-    own = {_address(tensor) for tensor in (*trial.parameters(), *trial.buffers())}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in own:
-            kept[_address(tensor)] = tensor.untyped_storage().nbytes()
-        # A hook that returns its very argument would keep an operator's output alive in a cycle.
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        # Until the loss goes out of scope the graph holds every storage: no address comes twice.
-        loss = segmentation_loss(trial(batch.images), batch.masks)
-    total = sum(kept.values())
-    del loss
-    return total
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return kept_bytes(lambda: segmentation_loss(trial(batch.images), batch.masks), trial)
 
 
 def _cuda_peak(trial: nn.Module, batch: Batch) -> int:

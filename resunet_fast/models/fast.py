@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import eager
 from ..modules import fused
 from .catalogue import build
 from .wiring import ListingWiring, Stages, Wiring
@@ -17,8 +18,17 @@ FUSED_STAGES = Stages(fused.DoubleConv, fused.ResBlock, fused.PreActResBlock, fu
 class _Fast(Wiring):
     stages: ClassVar[Stages] = FUSED_STAGES
 
+    def __init__(self, *arguments: int, recompute: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Convolutions of channels_last activations would copy a contiguous weight at every call.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.set_recompute(recompute)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits in the layout of `x`; inside, activations are channels_last."""
+        if eager.required():
+            # Transforms run the plain operations, and vmap cannot change the layout.
+            return super().forward(x)
         contiguous = x.is_contiguous()
         if contiguous and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -40,6 +50,9 @@ class _Fast(Wiring):
 class ResUNet(_Fast):
     """A residual U-Net with fused blocks: [N, in_channels, H, W] to logits [N, num_classes, H, W].
 
+    Same arguments, state-dict keys and values as :class:`resunet_fast.reference.ResUNet`. Weights of
+    convolutions lie in channels_last memory, as after `.to(memory_format=torch.channels_last)`.
+
     Args:
         in_channels, num_classes: channels of the image and of the logits.
         recompute: see :meth:`set_recompute`.
@@ -53,11 +66,10 @@ class ResUNet(_Fast):
     def __init__(
         self, in_channels: int, num_classes: int, *, recompute: bool = False, **options: Any
     ) -> None:
-        super().__init__(in_channels, num_classes, **options)
-        self.set_recompute(recompute)
+        super().__init__(in_channels, num_classes, recompute=recompute, **options)
 
 
-class UNetWithResidualConnections(ListingWiring, _Fast):
+class UNetWithResidualConnections(_Fast, ListingWiring):
     """The article's network, repaired, with fused blocks.
 
     Args:
@@ -66,8 +78,7 @@ class UNetWithResidualConnections(ListingWiring, _Fast):
     """
 
     def __init__(self, n_channels: int, n_classes: int, *, recompute: bool = False) -> None:
-        super().__init__(n_channels, n_classes)
-        self.set_recompute(recompute)
+        _Fast.__init__(self, n_channels, n_classes, recompute=recompute)
 
 
 def create_model(

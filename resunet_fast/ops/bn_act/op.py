@@ -6,6 +6,7 @@ mask is recomputed from x elsewhere); r only with its own batch norm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -184,7 +185,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     def image() -> Tensor:
         return empty(x, x.shape, layout_of(x))
 
-    makers = (
+    makers: tuple[Callable[[], Tensor], ...] = (
         image,
         lambda: vector(weight),
         lambda: vector(weight),

@@ -30,8 +30,8 @@ def _per_channel(vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of an NCHW tensor."""
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    return mean, var
+    # Not var_mean, whose mean of a channel with an infinity is NaN.
+    return x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
 
 
 def normalise(
@@ -139,7 +139,9 @@ def _upstream(grad_output: Tensor | None, grad_pooled: Tensor | None, z: Tensor)
     if grad_pooled is None:
         return torch.zeros_like(z) if grad_output is None else grad_output
     _, indices = F.max_pool2d(z, 2, return_indices=True)
-    scattered = F.max_unpool2d(grad_pooled, indices, (2, 2), output_size=list(z.shape[2:]))
+    # Not max_unpool2d, which torch.use_deterministic_algorithms forbids.
+    zeros = z.new_zeros(z.shape).flatten(2)
+    scattered = zeros.scatter(2, indices.flatten(2), grad_pooled.flatten(2)).view(z.shape)
     return scattered if grad_output is None else grad_output + scattered
 
 

@@ -29,7 +29,7 @@ def _source(input: Tensor, skip: Tensor | None, mode: str) -> Tensor:
     if skip is None:
         return input
     if mode == "none":
-        return torch.cat([input, skip], 1)
+        return dense(torch.cat([input, skip], 1), layout_of(input))
     return upsample.concatenate(input, skip, skip.shape[2:], mode)
 
 

@@ -27,7 +27,7 @@ def source(input: Tensor, skip: Tensor | None, mode: str) -> Tensor:
     if skip is None:
         return input
     low = input if mode == "none" else upsample.forward(input, skip.shape[2:], mode)
-    return torch.cat([low, skip], 1)
+    return dense(torch.cat([low, skip], 1), layout_of(input))
 
 
 def forward(
@@ -86,6 +86,6 @@ def backward(
     return (
         dlow if output_mask[0] else None,
         dskip if output_mask[1] else None,
-        dweight.to(weight.dtype) if output_mask[2] else None,
+        dense(dweight.to(weight.dtype), layout_of(weight)) if output_mask[2] else None,
         dbias.to(bias.dtype) if output_mask[3] and bias is not None else None,
     )

@@ -1,0 +1,1 @@
+"""Benchmarks: whole networks against what a user would run otherwise. `python -m bench --help`."""

@@ -1,0 +1,5 @@
+"""`python -m bench`."""
+
+from .training import main
+
+raise SystemExit(main())
