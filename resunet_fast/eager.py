@@ -1,7 +1,7 @@
 """The plain way: the same results from ordinary torch operations.
 
-Taken inside torch.func transforms, which do not see through custom operators, and for inputs that
-torch itself rejects, so that its own error is raised.
+Taken inside torch.func transforms and torch.jit.trace, which do not see through custom operators,
+and for inputs that torch itself rejects, so that its own error is raised.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from .arguments import Conv, Norm
 
 
 def required() -> bool:
-    """Whether a transform is active that does not see through custom operators."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether something is active that does not see through custom operators."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or torch._C._are_functorch_transforms_active()
 
 
 def batch_norm(input: Tensor, norm: Norm) -> Tensor:

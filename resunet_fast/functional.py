@@ -139,9 +139,6 @@ def conv_bn_act(
         check_residual(y.shape, y.dtype, residual, residual_norm)
         return eager.bn_act(y, norm, residual, residual_norm, relu, pool)
     check_residual(_result_shape(input, skip, conv), input.dtype, residual, residual_norm)
-    tensors = (input, skip, residual, conv.weight, conv.bias)
-    affine = (norm.weight, norm.bias)
-    other = (None, None) if residual_norm is None else (residual_norm.weight, residual_norm.bias)
     z, pooled, y, *stats = ops.conv_bn_act.CONV_BN_ACT(
         input,
         skip,
@@ -150,7 +147,7 @@ def conv_bn_act(
         *_norm_arguments(norm, residual, residual_norm),
         relu,
         pool,
-        _needs_grad(*tensors, *affine, *other),
+        False,  # keep: autograd asks for it
         forced_backend(),
     )
     _track(z, norm, residual_norm, stats, conv.bias)
@@ -176,7 +173,6 @@ def bn_act_conv(
         y, [N, K, H', W'].
     """
     cast = _autocast_dtype(input)
-    tensors = (input, conv.weight, conv.bias)
     target = input.dtype if cast is None else cast
     if eager.required() or not fits(input, norm) or target != input.dtype:
         z = eager.bn_act(input, norm, None, None, relu, False)
@@ -187,10 +183,9 @@ def bn_act_conv(
         assert isinstance(z, Tensor)
         return F.conv2d(z, *conv)
     weight, bias, mean, var, eps, *_ = _norm_arguments(norm, None, None)
-    keep = _needs_grad(*tensors, norm.weight, norm.bias)
     y: Tensor
     y, _, *stats = ops.bn_act_conv.BN_ACT_CONV(
-        input, weight, bias, mean, var, eps, relu, *conv, recompute, keep, forced_backend()
+        input, weight, bias, mean, var, eps, relu, *conv, recompute, False, forced_backend()
     )
     _track(input, norm, None, [*stats, None, None], None)
     return y
@@ -301,13 +296,9 @@ def update_running_stats(
     )
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     device = input.device.type
-    if input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if input.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

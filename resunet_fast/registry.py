@@ -54,7 +54,8 @@ class Operator:
         name: the name behind `resunet_fast::`.
         schema: the signature with defaults, in the dispatcher's language. The last argument is
             `str backend=''`: the backend forced by :func:`use_backend`, or empty. It travels as an
-            argument because autograd's own threads see no context.
+            argument because autograd's own threads see no context. An argument `bool keep=False`
+            asks for results that only backward needs; autograd sets it.
         fake: output shapes, dtypes and layouts from the inputs' (no data is read); like `compute`,
             it takes every argument but `backend`.
         setup_context, backward: the autograd formula as for `torch.library.register_autograd`, or
@@ -83,6 +84,8 @@ class Operator:
         self._defaults = tuple(
             a.default_value if a.has_default_value() else _REQUIRED for a in arguments
         )
+        names = [argument.name for argument in arguments]
+        self._keep = names.index("keep") if "keep" in names else None
         self._written = [
             i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
         ]
@@ -117,6 +120,8 @@ class Operator:
         if torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         ):
+            if self._keep is not None:
+                inputs = (*inputs[: self._keep], True, *inputs[self._keep + 1 :])
             return self._function.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*inputs)
@@ -139,6 +144,8 @@ class Operator:
 def _no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[None]:
     """An implementation's own arithmetic is not autocast's business, whoever calls it."""
     device = next(value.device.type for value in inputs if isinstance(value, Tensor))
+    if device == "meta":  # autocast does not know it
+        return nullcontext()
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

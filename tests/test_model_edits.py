@@ -46,7 +46,7 @@ def edit_by_assignment(model: nn.Module) -> None:
 def edit_running_stats(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
-            buffer.add_(0.5)
+            buffer.sub_(0.5)
         elif name.endswith("running_var"):
             buffer.mul_(3)
 
@@ -127,13 +127,8 @@ def shared_relu(model: nn.Module) -> None:
     replace(model, f"{FIRST}.double_conv.5", model.encoder_layers[0].double_conv[2])
 
 
-def shared_norm(model: nn.Module) -> None:
-    replace(model, f"{FIRST}.double_conv.4", norm_of(model))
-
-
-def shared_block(model: nn.Module) -> None:
-    norms = model.res_blocks[1]
-    norms.bn1, norms.conv1 = norms.bn2, norms.conv2
+def shared_convolution(model: nn.Module) -> None:
+    model.res_blocks[1].conv1 = model.res_blocks[1].conv2
 
 
 def tied_weights(model: nn.Module) -> None:
@@ -185,8 +180,7 @@ FUSED_EDITS: list[Edit] = [
     no_bias,
     pure_relu,
     shared_relu,
-    shared_norm,
-    shared_block,
+    shared_convolution,
     tied_weights,
     replaced_encoder_block,
     replaced_decoder_block,

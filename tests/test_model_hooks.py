@@ -11,6 +11,7 @@ from pairs import (
     FIRST,
     LAST,
     SHAPE,
+    WIDTH,
     assert_same_step,
     conv_of,
     filled,
@@ -101,6 +102,14 @@ def pruned_norm(model: nn.Module) -> None:
     prune.l1_unstructured(norm_of(model), "weight", amount=1)
 
 
+def shared_norm(model: nn.Module) -> None:
+    replace(model, f"{FIRST}.double_conv.4", norm_of(model))
+
+
+def shared_norm_of_a_residual_block(model: nn.Module) -> None:
+    model.res_blocks[1].bn2 = model.res_blocks[1].bn1
+
+
 def own_forward(model: nn.Module) -> None:
     norm = norm_of(model)
     norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x).neg()
@@ -145,6 +154,8 @@ REFUSED_EDITS: list[tuple[Edit, str, list[str]]] = [
     (spectral_norm, FIRST, ["double_conv.3 is a ParametrizedConv2d, not exactly a Conv2d"]),
     (pruned, FIRST, [HOOKED]),
     (pruned_norm, FIRST, [HOOKED.replace("3", "1")]),
+    (shared_norm, FIRST, ["double_conv.4 is also double_conv.1"]),
+    (shared_norm_of_a_residual_block, LAST, ["bn2 is also bn1"]),
     (own_forward, FIRST, [HOOKED.replace("3", "1")]),
     (doubling_hook, FIRST, [HOOKED]),
     (shifting_pre_hook, FIRST, [HOOKED.replace("3", "1")]),

@@ -69,9 +69,7 @@ def fused_conv_bn_act(
     **options: Any,
 ) -> Output:
     other = None if residual_bn is None else Norm.of(residual_bn)
-    return rf.functional.conv_bn_act(
-        x, Conv.of(conv), Norm.of(bn), residual_norm=other, **options
-    )
+    return rf.functional.conv_bn_act(x, Conv.of(conv), Norm.of(bn), residual_norm=other, **options)
 
 
 def plain_conv_bn_act(
@@ -142,6 +140,14 @@ def image(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 3) -> Ten
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def convolution(before: int, after: int) -> nn.Conv2d:
+    conv = nn.Conv2d(before, after, 3, padding=1).double()
+    with torch.no_grad():
+        conv.weight.copy_(image(*conv.weight.shape, seed=21))
+        conv.bias.copy_(image(after, seed=23))
+    return conv
+
+
 def outcome(function: Callable[..., Output], *operands: Any, **options: Any) -> tuple[str, Any]:
     """What came of a call: its result, or the exception's type and message."""
     try:
@@ -184,3 +190,29 @@ def same(actual: Tensor, expected: Tensor, name: str = "") -> None:
         actual, expected, rtol=few, atol=few, equal_nan=True, msg=lambda text: f"{name}: {text}"
     )
     assert actual.stride() == expected.stride(), name
+
+
+def bn_act_and_residual(x: Tensor) -> Tensor:
+    return fused_bn_act(x, batch_norm(3), residual=x * 2, pool=True)[1]
+
+
+def two_sources(x: Tensor) -> Tensor:
+    skip = torch.cat([x, x], 2)
+    return fused_conv(x, convolution(6, 4), skip=skip, upsample="bilinear")
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bn_act": lambda x: fused_bn_act(x, batch_norm(3)),
+    "bn_act of a projection": lambda x: fused_bn_act(
+        x, batch_norm(3), residual=x.exp(), residual_bn=batch_norm(3)
+    ),
+    "bn_act pooled": bn_act_and_residual,
+    "bn_act frozen": lambda x: fused_bn_act(x, batch_norm(3).eval(), residual=x),
+    "conv2d": two_sources,
+    "conv_bn_act": lambda x: fused_conv_bn_act(x, convolution(3, 3), batch_norm(3), residual=x),
+    "bn_act_conv": lambda x: fused_bn_act_conv(x, convolution(3, 4), batch_norm(3)),
+    "bn_act_conv recomputed": lambda x: fused_bn_act_conv(
+        x, convolution(3, 4), batch_norm(3), recompute=True
+    ),
+    "upsample": lambda x: rf.functional.upsample(x, (7, 9), "bilinear_align_corners"),
+}

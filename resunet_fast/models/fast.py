@@ -21,7 +21,10 @@ class _Fast(Wiring):
     def __init__(self, *arguments: int, recompute: bool = False, **options: Any) -> None:
         super().__init__(*arguments, **options)
         # Convolutions of channels_last activations would copy a contiguous weight at every call.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                # Not Module.to, which cannot exchange fake tensors.
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.set_recompute(recompute)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional as rf
+from ..arguments import check_sources
 from ..functional import Conv, Norm
 from . import plain
 
@@ -41,14 +42,26 @@ def hooked(module: nn.Module) -> bool:
 def refusals(block: DoubleConv | ResBlock | PreActResBlock) -> list[str]:
     """Say why a block's children must be called one by one (empty: they can be fused)."""
     reasons = ["a global module hook is registered"] if _has_any_global_hook() else []
-    for name, part, expected in block.parts():
+    parts = block.parts()
+    for name, part, expected in parts:
         if type(part) is not expected:
             reasons.append(f"{name} is a {type(part).__name__}, not exactly a {expected.__name__}")
         elif part is not None and hooked(part):
             reasons.append(f"{name} has hooks or a forward of its own")
         elif isinstance(part, nn.Conv2d) and not _zero_padded(part):
             reasons.append(f"{name} pads with {part.padding_mode}, {part.padding}")
-    return reasons
+    return reasons + _repeated(parts)
+
+
+def _repeated(parts: Parts) -> list[str]:
+    # The running statistics of a shared batch norm depend on the order of the calls.
+    norms = [(name, part) for name, part, expected in parts if expected is nn.BatchNorm2d]
+    return [
+        f"{name} is also {earlier}"
+        for i, (name, part) in enumerate(norms)
+        for earlier, other in norms[:i]
+        if part is other
+    ]
 
 
 def _zero_padded(conv: nn.Conv2d) -> bool:
@@ -83,11 +96,18 @@ def _residual_parts(block: ResBlock | PreActResBlock) -> Parts:
     return [*parts, *_sequence("downsample", block.downsample, (nn.Conv2d, nn.BatchNorm2d))]
 
 
+def _operators_mode(mode: str) -> str:
+    # The operators name those they know to whoever passes another one.
+    return UPSAMPLE.get(mode, mode)
+
+
 def _source(x: Tensor, skip: Tensor | None, mode: str) -> Tensor:
     """The concatenation that the plain blocks are given."""
+    mode = _operators_mode(mode)
+    check_sources(x, skip, mode)
     if skip is None:
         return x
-    low = x if mode == "none" else rf.upsample(x, (skip.shape[2], skip.shape[3]), UPSAMPLE[mode])
+    low = x if mode == "none" else rf.upsample(x, (skip.shape[2], skip.shape[3]), mode)
     return torch.cat([low, skip], 1)
 
 
@@ -114,7 +134,7 @@ def _pair(
     anyway.
     """
     first, second = Conv.of(convs[0]), Conv.of(convs[1])
-    sources = {"skip": skip, "upsample": UPSAMPLE[mode]}
+    sources = {"skip": skip, "upsample": _operators_mode(mode)}
     tail = {"residual": residual, "residual_norm": residual_norm, "pool": pool}
     if recompute and torch.is_grad_enabled():
         y = rf.conv2d(x, first, **sources)  # type: ignore[arg-type]
@@ -181,7 +201,7 @@ class ResBlock(plain.ResBlock):
         residual, residual_norm = x, None
         if self.downsample is not None:
             conv, bn = _children(self.downsample)
-            residual = rf.conv2d(x, Conv.of(conv), skip=skip, upsample=UPSAMPLE[upsample])
+            residual = rf.conv2d(x, Conv.of(conv), skip=skip, upsample=_operators_mode(upsample))
             residual_norm = Norm.of(bn)
         return _pair(
             x,

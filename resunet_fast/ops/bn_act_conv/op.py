@@ -69,8 +69,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | Non
 def _backward(
     ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    norm_saved = ctx.saved_tensors[: bn_act.SAVED]
-    z, conv_weight, conv_bias = ctx.saved_tensors[bn_act.SAVED :]
+    saved_tensors = ctx.saved_tensors  # once: activation checkpointing gives them out once
+    norm_saved = saved_tensors[: bn_act.SAVED]
+    z, conv_weight, conv_bias = saved_tensors[bn_act.SAVED :]
     need = ctx.needs_input_grad
     dz = grad_z
     dweight: Tensor | None = None

@@ -44,7 +44,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | Non
     *arguments, ctx.backend = inputs
     conv, norm, _ = _split(tuple(arguments))
     z, pooled, y, *stats = output
-    assert y is not None, "autograd needs `keep`; the public functions set it"
+    assert y is not None  # autograd sets `keep`
     bn_act.save(ctx, bn_act.BnActArguments(y, *norm), y, (z, pooled, *stats))
     ctx.save_for_backward(*ctx.norm_tensors, *conv2d.save(ctx, conv))
     del ctx.norm_tensors
@@ -82,7 +82,7 @@ def _backward(
 CONV_BN_ACT = Operator(
     "conv_bn_act",
     f"(Tensor input, Tensor? skip, Tensor conv_weight, {conv2d.SCHEMA_TAIL},"
-    f" {bn_act.SCHEMA_TAIL}, bool keep=True, str backend='')"
+    f" {bn_act.SCHEMA_TAIL}, bool keep=False, str backend='')"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup_context,

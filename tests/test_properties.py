@@ -1,0 +1,324 @@
+"""Fused equals eager for drawn shapes, views, dtypes and flags; the judge is eager in float64.
+
+An operator reads its operands exactly, computes in the accumulator's dtype and rounds its result
+once. So a result may be off by the tolerance of its own dtype times its size, plus that of the
+accumulator times what the case magnifies; and by twice eager's error, where eager rounds in
+between. See docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import one_thread as one_thread
+from torch import Tensor, nn
+from twins import (
+    BACKENDS,
+    MODES,
+    batch_norm,
+    fused_bn_act,
+    fused_bn_act_conv,
+    fused_conv_bn_act,
+    image,
+    outcome,
+    plain_bn_act,
+    plain_bn_act_conv,
+    plain_conv,
+    plain_conv_bn_act,
+    tensors,
+)
+
+import resunet_fast as rf
+from resunet_fast.testing import tolerance
+
+Options = dict[str, Any]
+Shape = tuple[int, int, int, int]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "innermost batch": lambda x: x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
+    "first channels": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2))[:, :-2],
+    "last channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)).contiguous(
+        memory_format=torch.channels_last
+    )[:, 1:],
+    "window": lambda x: F.pad(x, (1, 2, 1, 0))[:, :, 1:, 1:-2],
+    "every other column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "expanded batch": lambda x: x[:1].expand_as(x),
+    "expanded pixel": lambda x: x[:, :, :1, :1].expand_as(x),
+}
+
+
+def few(number: int) -> Callable[[Any], Any]:
+    return settings(deadline=None, derandomize=True, database=None, max_examples=number)
+
+
+backends, views, seeds = st.sampled_from(BACKENDS), st.sampled_from(list(VIEWS)), st.integers(0, 99)
+channels = st.sampled_from([1, 2, 3, 5, 8, 15, 17, 33])
+sizes = st.sampled_from([1, 2, 3, 4, 7, 9])
+shapes = st.tuples(sizes, channels, sizes, sizes)
+shapes_or_none = st.one_of(shapes, st.tuples(st.integers(0, 2), channels, st.integers(0, 2), sizes))
+norms = st.fixed_dictionaries(
+    {
+        "momentum": st.sampled_from([None, 0.0, 0.1, 1.0]),
+        "eps": st.sampled_from([1e-5, 1e-3, 1.0]),
+        "affine": st.booleans(),
+        "track_running_stats": st.booleans(),
+    }
+)
+flags = st.fixed_dictionaries(
+    {
+        "residual": st.sampled_from([None, "tensor", "norm"]),
+        "training": st.booleans(),
+        "relu": st.booleans(),
+        "pool": st.booleans(),
+        "norm": norms,
+        "other": norms,
+        "views": st.tuples(views, views),
+        "seed": seeds,
+    }
+)
+convolutions = st.fixed_dictionaries(
+    {
+        "kernel_size": st.sampled_from([1, 2, 3]),
+        "stride": st.sampled_from([1, 2]),
+        "padding": st.sampled_from([0, 1]),
+        "dilation": st.sampled_from([1, 2]),
+        "bias": st.booleans(),
+    }
+)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Example(nn.Module):
+    """One example's modules; copies of it go the fused, the plain and the float64 way."""
+
+    def __init__(self, channels: int, dtype: torch.dtype, drawn: Options) -> None:
+        super().__init__()
+        self.bn = batch_norm(channels, accumulator(dtype), **drawn["norm"])
+        self.other = batch_norm(channels, accumulator(dtype), **drawn["other"])
+        self.form, self.relu, self.pool = drawn["residual"], drawn["relu"], drawn["pool"]
+        self.conv: nn.Conv2d | None = None
+        self.train(drawn["training"])
+
+    def convolve(self, before: int, after: int, dtype: torch.dtype, drawn: Options) -> None:
+        self.conv = nn.Conv2d(before, after, **drawn).to(dtype)
+        with torch.no_grad():
+            for i, parameter in enumerate(self.conv.parameters()):
+                parameter.copy_(image(*parameter.shape, seed=60 + i) / before)
+
+    def options(self, residual: Tensor) -> Options:
+        result: Options = {"relu": self.relu, "pool": self.pool}
+        if self.form is not None:
+            result["residual"] = residual
+        if self.form == "norm":
+            result["residual_bn"] = self.other
+        return result
+
+
+def magnification(bn: nn.BatchNorm2d, x: Tensor) -> float:
+    """Of rounding errors, by subtracting the mean and dividing by the deviation."""
+    x = x.detach().double()
+    if bn.training or bn.running_mean is None:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    else:
+        mean, var = bn.running_mean.double(), bn.running_var.double()
+    slope = 1.0 if bn.weight is None else float(bn.weight.abs().max())
+    return 1 + (1 + slope) * float(
+        ((1 + mean.abs() + x.abs()[0].amax((1, 2))) * (var + bn.eps).rsqrt()).max()
+    )
+
+
+def assert_near(
+    name: str, own: Tensor, peer: Tensor | None, judge: Tensor, magnified: float, extra: float = 0.0
+) -> None:
+    """Compare by the largest element, as the module's docstring says."""
+    assert own.shape == judge.shape, name
+    if own.numel() == 0:
+        return
+    error = float((own.detach().double() - judge).detach().abs().max())
+    size, terms = float(judge.detach().abs().max()), own.numel()
+    allowed = tolerance(own.dtype) * (size + extra)
+    allowed += 4 * tolerance(accumulator(own.dtype), terms) * (magnified + size)
+    if peer is not None:
+        assert own.dtype == peer.dtype, name
+        allowed += 2 * float((peer.detach().double() - judge).detach().abs().max())
+    assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_same_buffers(
+    own: nn.Module, peer: nn.Module, judge: nn.Module, magnified: float
+) -> None:
+    for (name, value), (_, other), (_, exact) in zip(
+        own.named_buffers(), peer.named_buffers(), judge.named_buffers(), strict=True
+    ):
+        if value.is_floating_point():
+            assert_near(name, value, other, exact, magnified)
+        else:
+            assert torch.equal(value, other), name
+
+
+def double(module: nn.Module) -> Any:
+    return copy.deepcopy(module).double()
+
+
+def operands(shape: Shape, dtype: torch.dtype, drawn: Options) -> tuple[Tensor, Tensor]:
+    x = VIEWS[drawn["views"][0]](image(*shape, dtype=dtype, seed=drawn["seed"]) * 2 + 1)
+    return x, VIEWS[drawn["views"][1]](image(*shape, dtype=dtype, seed=drawn["seed"] + 1))
+
+
+@few(400)
+@given(shapes_or_none, st.sampled_from(DTYPES), flags, backends)
+def test_bn_act(shape: Shape, dtype: torch.dtype, drawn: Options, backend: str) -> None:
+    x, r = operands(shape, dtype, drawn)
+    own = Example(shape[1], dtype, drawn)
+    peer, judge = copy.deepcopy(own), double(own)
+    with rf.use_backend(backend):
+        result = outcome(fused_bn_act, x, own.bn, **own.options(r))
+    expected = outcome(plain_bn_act, x, peer.bn, **peer.options(r))
+    assert result[0] == expected[0], (result, expected)
+    if result[0] == "raised":
+        assert result == expected
+        return
+    exact = plain_bn_act(x.double(), judge.bn, **judge.options(r.double()))
+    magnified = 0.0
+    if x.numel():
+        magnified = magnification(own.bn, x) + magnification(own.other, r)
+        magnified += float(x.double().square().max())
+    for z, other, truth in zip(*map(tensors, (result[1], expected[1], exact)), strict=True):
+        assert_near("output", z, other, truth, magnified)
+        if drawn["views"][0] in ("contiguous", "channels_last"):
+            assert z.stride() == other.stride()
+    assert_same_buffers(own, peer, judge, magnified)
+
+
+def imposed(v: Tensor, outputs: tuple[Tensor, ...], example: Example) -> list[Tensor]:
+    """ReLU and max-pooling of v with the mask and the maxima of the given outputs."""
+    z = v * (outputs[0].detach() > 0) if example.relu else v
+    if not example.pool:
+        return [z]
+    _, index = F.max_pool2d(outputs[0].detach().double().contiguous(), 2, return_indices=True)
+    return [z, z.flatten(2).gather(2, index.flatten(2)).view(index.shape)]
+
+
+def assert_same_gradients(
+    own: Example,
+    fused: Callable[..., Any],
+    plain: Callable[..., Any],
+    sources: dict[str, Tensor],
+    magnified: float,
+) -> None:
+    """Both ways take (example, sources); the plain one stops before the ReLU."""
+    judge = double(own)
+    # Eager's own gradient is wrong for some strides, such as those of an innermost batch.
+    doubles = {k: t.detach().double().contiguous().requires_grad_() for k, t in sources.items()}
+    sources = {k: t.detach().requires_grad_() for k, t in sources.items()}
+    outputs = tensors(fused(own, sources))
+    expected = imposed(plain(judge, doubles), outputs, own)
+    seeds = [image(*o.shape, dtype=o.dtype, seed=70) for o in outputs]
+    names = [*sources, *(name for name, _ in own.named_parameters())]
+    grads = torch.autograd.grad(
+        outputs, [*sources.values(), *own.parameters()], seeds, allow_unused=True
+    )
+    exact = torch.autograd.grad(
+        expected,
+        [*doubles.values(), *judge.parameters()],
+        [seed.double() for seed in seeds],
+        allow_unused=True,
+    )
+    positions = max(o.numel() // o.shape[1] for o in outputs)
+    for name, grad, truth in zip(names, grads, exact, strict=True):
+        assert (grad is None) == (truth is None), name
+        if grad is not None:
+            assert grad.dtype == (sources | dict(own.named_parameters()))[name].dtype
+            sums = 1 if name in sources else positions
+            # Pooling rounds the sum of both gradients before the rest.
+            extra = magnified if own.pool else 0.0
+            assert_near(f"gradient of {name}", grad, None, truth, 4 * magnified * sums, extra)
+
+
+@few(250)
+@given(shapes, st.sampled_from(DTYPES), flags, backends)
+def test_bn_act_backward(shape: Shape, dtype: torch.dtype, drawn: Options, backend: str) -> None:
+    if shape[0] * shape[2] * shape[3] == 1:
+        return
+    drawn["pool"] = drawn["pool"] and min(shape[2:]) > 1
+    x, r = operands(shape, dtype, drawn)
+    example = Example(shape[1], dtype, drawn)
+
+    def plain(example: Example, sources: dict[str, Tensor]) -> Tensor:
+        options = {**example.options(sources["r"]), "relu": False, "pool": False}
+        return plain_bn_act(sources["x"], example.bn, **options)
+
+    magnified = magnification(example.bn, x) * magnification(example.other, r)
+    with rf.use_backend(backend):
+        assert_same_gradients(
+            example,
+            lambda example, s: fused_bn_act(s["x"], example.bn, **example.options(s["r"])),
+            plain,
+            {"x": x, "r": r},
+            magnified,
+        )
+
+
+@few(200)
+@given(shapes, st.sampled_from(DTYPES[:2]), flags, convolutions, backends, st.data())
+def test_conv_bn_act(
+    shape: Shape,
+    dtype: torch.dtype,
+    drawn: Options,
+    conv: Options,
+    backend: str,
+    data: st.DataObject,
+) -> None:
+    mode = data.draw(st.sampled_from([None, "none", *MODES]))
+    x, _ = operands(shape, dtype, drawn)
+    skip_shape = (shape[0], 3, *(data.draw(sizes) + n - 1 for n in shape[2:]))
+    if mode == "none":
+        skip_shape = (shape[0], 3, *shape[2:])
+    skip = VIEWS[drawn["views"][1]](image(*skip_shape, dtype=dtype, seed=drawn["seed"] + 2))
+    after = 4
+    example = Example(after, dtype, drawn)
+    example.convolve(shape[1] if mode is None else shape[1] + 3, after, dtype, conv)
+    sources = {} if mode is None else {"skip": skip, "upsample": mode}
+    kind, y = outcome(plain_conv, x, example.conv, **sources)
+    r = image(*y.shape, dtype=dtype, seed=drawn["seed"] + 3) if kind == "returned" else x
+    own, peer = copy.deepcopy(example), copy.deepcopy(example)
+    with rf.use_backend(backend):
+        result = outcome(fused_conv_bn_act, x, own.conv, own.bn, **sources, **own.options(r))
+    if kind == "raised":
+        assert result == (kind, y)
+        return
+    expected = outcome(plain_conv_bn_act, x, peer.conv, peer.bn, **sources, **peer.options(r))
+    assert result[0] == expected[0], (result, expected)
+    if result[0] == "raised":
+        assert result == expected
+        return
+    magnified = magnification(own.bn, y) * magnification(own.other, r) * (1 + shape[1])
+    for z, other in zip(tensors(result[1]), tensors(expected[1]), strict=True):
+        assert_near("output", z, other, other.double(), magnified)
+    assert_same_buffers(own, peer, double(peer), magnified)
+
+    def fused(example: Example, given: dict[str, Tensor]) -> Any:
+        both = sources | ({"skip": given["skip"]} if mode is not None else {})
+        options = example.options(given["r"])
+        return fused_conv_bn_act(given["x"], example.conv, example.bn, **both, **options)
+
+    def plain(example: Example, given: dict[str, Tensor]) -> Tensor:
+        both = sources | ({"skip": given["skip"]} if mode is not None else {})
+        options = {**example.options(given["r"]), "relu": False, "pool": False}
+        return plain_conv_bn_act(given["x"], example.conv, example.bn, **both, **options)
+
+    leaves = {"x": x, "r": r} | ({} if mode is None else {"skip": skip})
+    with rf.use_backend(backend):
+        assert_same_gradients(example, fused, plain, leaves, magnified * x[0].numel())
