@@ -53,8 +53,8 @@ class _Fast(Wiring):
 class ResUNet(_Fast):
     """A residual U-Net with fused blocks: [N, in_channels, H, W] to logits [N, num_classes, H, W].
 
-    Same arguments, state-dict keys and values as :class:`resunet_fast.reference.ResUNet`. Weights of
-    convolutions lie in channels_last memory, as after `.to(memory_format=torch.channels_last)`.
+    Same arguments, state-dict keys and values as :class:`resunet_fast.reference.ResUNet`. Weights
+    of convolutions lie in channels_last memory, as after `.to(memory_format=torch.channels_last)`.
 
     Args:
         in_channels, num_classes: channels of the image and of the logits.
