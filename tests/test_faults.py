@@ -10,6 +10,8 @@ import pytest
 import torch
 from networks import one_thread as one_thread
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from twins import (
     BACKENDS,
     LAYOUTS,
@@ -256,3 +258,52 @@ def test_a_batch_norm_used_twice_counts_twice() -> None:
         result.square().sum().backward()
         assert model.weight.grad is not None
     same(ours.weight.grad, theirs.weight.grad)
+
+
+def turned(inputs: list[Any], which: Callable[[int], bool]) -> list[Any]:
+    """Some of the images, by position, in the other layout."""
+    return [
+        v.detach().contiguous(memory_format=LAYOUTS["nchw"]).requires_grad_(v.requires_grad)
+        if isinstance(v, Tensor) and v.dim() == 4 and which(i)
+        else v
+        for i, v in enumerate(inputs)
+    ]
+
+
+class Fakes(TorchDispatchMode):
+    """Runs every operator of ours also on fake tensors and compares shapes, dtypes and strides."""
+
+    compared = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "resunet_fast":
+            with FakeTensorMode() as mode:
+                given = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+                fakes = func(*given)
+            self.compared += 1
+            for real, fake in zip(tensors(results), tensors(fakes), strict=True):
+                assert (real is None) == (fake is None), func
+                if real is not None:
+                    assert (real.shape, real.dtype) == (fake.shape, fake.dtype), func
+                    assert torch._prims_common.check_significant_strides(real, fake)[0], func
+        return results
+
+
+TURNED: dict[str, Callable[[int], bool]] = {
+    "all channels_last": lambda i: False,
+    "only the first channels_last": lambda i: i != 0,
+    "all but the first channels_last": lambda i: i == 0,
+}
+
+
+@pytest.mark.parametrize("which", TURNED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@cases
+def test_compilers_know_the_layout_of_mixed_operands(
+    case: Case, dtype: torch.dtype, which: str, backend: str
+) -> None:
+    inputs = turned(make_inputs(case, dtype, requires_grad=True), TURNED[which])
+    with Fakes() as fakes:
+        run(case, inputs, backend)
+    assert fakes.compared >= 2

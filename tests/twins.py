@@ -22,6 +22,21 @@ MODES = {
     "bilinear_align_corners": {"mode": "bilinear", "align_corners": True},
 }
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "innermost batch": lambda x: x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
+    "first channels": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2))[:, :-2],
+    "last channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)).contiguous(
+        memory_format=torch.channels_last
+    )[:, 1:],
+    "window": lambda x: F.pad(x, (1, 2, 1, 0))[:, :, 1:, 1:-2],
+    "every other column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "expanded batch": lambda x: x[:1].expand_as(x),
+    "expanded pixel": lambda x: x[:, :, :1, :1].expand_as(x),
+}
+
 Output = Any
 
 
