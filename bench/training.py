@@ -27,9 +27,10 @@ from .timing import Timing, interleaved, ratio
 
 BATCH, SIZE, WIDTH = 2, 128, 64
 PRECISIONS = ("fp32", "bf16")
-# A variant is timed only if its logits and gradients are at most this many times further from float64
-# than the worst eager variant in the same precision. (At random weights ReLU masks that flip near
-# zero dominate the gradient's error, eager's too; operators are held to far tighter bounds in tests/.)
+# A variant is timed only if its logits and gradients are at most this many times further from
+# float64 than the worst eager variant in the same precision. (At random weights ReLU masks that flip
+# near zero dominate the gradient's error, eager's too; operators are held to far tighter bounds in
+# tests/.)
 ALLOWED = 2.0
 
 
