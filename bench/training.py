@@ -28,9 +28,9 @@ from .timing import Timing, interleaved, ratio
 BATCH, SIZE, WIDTH = 2, 128, 64
 PRECISIONS = ("fp32", "bf16")
 # A variant is timed only if its logits and gradients are at most this many times further from
-# float64 than the worst eager variant in the same precision. (At random weights ReLU masks that flip
-# near zero dominate the gradient's error, eager's too; operators are held to far tighter bounds in
-# tests/.)
+# float64 than the worst eager variant in the same precision. (At random weights ReLU masks that
+# flip near zero dominate the gradient's error, eager's too; tests/ holds operators to far tighter
+# bounds.)
 ALLOWED = 2.0
 
 
