@@ -213,5 +213,5 @@ def _overlay(image: NDArray[np.uint8], mask: Mask, colour: str) -> NDArray[np.ui
     """The picture in pale grey with the mask in colour."""
     grey = 90 + 0.6 * image.mean(axis=2, keepdims=True)
     rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.float64)
-    painted = np.where(mask[:, :, None], 0.15 * grey + 0.85 * rgb, grey)
+    painted: NDArray[np.float64] = np.where(mask[:, :, None], 0.15 * grey + 0.85 * rgb, grey)
     return painted.astype(np.uint8)
