@@ -5,6 +5,7 @@
 | RESUNET_FAST_ISA | at the first native call | highest instruction set: default, avx2 or avx512 |
 | RESUNET_FAST_DISABLE_NATIVE | at the first use | 1: do not load the compiled library |
 | RESUNET_FAST_REQUIRE_EXT | by setup.py | 1: fail instead of installing without the library |
+| TRITON_INTERPRET | when Triton is imported | 1: Triton kernels are interpreted, on the CPU too |
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,6 +22,16 @@ import torch
 def native_disabled() -> bool:
     """Whether the user asked not to load the compiled library."""
     return os.environ.get("RESUNET_FAST_DISABLE_NATIVE", "0") == "1"
+
+
+def triton_installed() -> bool:
+    """Whether `import triton` would find something; it is not imported."""
+    return find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's kernels are interpreted instead of compiled (slow; for checking them)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @cache

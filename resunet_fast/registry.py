@@ -2,8 +2,9 @@
 
 An :class:`Operator` is a dispatcher operator `resunet_fast::<name>`: its schema, its fake (shapes
 only), its autograd formula. An :class:`Implementation` only computes. :func:`select` picks the
-first implementation, in the order of preference below, that has nothing against the inputs, and
-:func:`explain` says why the others were passed over. Nothing here knows what an operator computes.
+first implementation, in the order of preference below, that neither refuses the inputs (it cannot
+run) nor declines them (it can, but another is faster), and :func:`explain` says why the others were
+passed over. Nothing here knows what an operator computes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ Refusals = Callable[..., list[str]]
 
 # Earlier names are preferred; "reference" refuses nothing and therefore comes last.
 PREFERENCE = ("cudnn", "cuda", "triton", "cpu", "reference")
+
+
+def nothing(*_: Any) -> list[str]:
+    """No reasons: what an implementation says that takes, and wants, any inputs."""
+    return []
+
 
 _REQUIRED = object()  # marks arguments without a default
 LIBRARY = torch.library.Library("resunet_fast", "DEF")
@@ -39,11 +46,14 @@ class Implementation:
         compute: takes exactly the operator's arguments without the trailing `backend`.
         refusals: takes the same arguments; the reasons why `compute` cannot run on them, as
             sentences. An empty list means that it can.
+        declines: takes the same arguments; the reasons why it is not chosen although it could run,
+            such as a measurement that another one wins. It still runs where it is forced.
     """
 
     name: str
     compute: Callable[..., Any]
-    refusals: Refusals
+    refusals: Refusals = nothing
+    declines: Refusals = nothing
 
 
 @dataclass
@@ -203,26 +213,32 @@ def select(operator: Operator, inputs: Sequence[Any], backend: str) -> Implement
             raise BackendError(f"{operator.name} cannot run on '{backend}': " + "; ".join(reasons))
         return forced
     for implementation in operator.implementations.values():
-        if not implementation.refusals(*inputs):
+        if not implementation.refusals(*inputs) and not implementation.declines(*inputs):
             return implementation
     raise BackendError(f"{operator.name} has no implementation for these inputs")
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an implementation was chosen: its name, and for every other one its refusals."""
+    """Why an implementation was chosen: its name, and what each has against the inputs."""
 
     operator: str
     chosen: str
     refusals: dict[str, list[str]]
+    declines: dict[str, list[str]]
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: {self.chosen}"]
         for name, reasons in self.refusals.items():
             if name == self.chosen:
-                lines.append(f"  {name}: chosen")
+                verdict = "chosen"
+            elif reasons:
+                verdict = "; ".join(reasons)
+            elif self.declines[name]:
+                verdict = "can run, declines: " + "; ".join(self.declines[name])
             else:
-                lines.append(f"  {name}: " + ("; ".join(reasons) or "can run, less preferred"))
+                verdict = "can run, less preferred"
+            lines.append(f"  {name}: {verdict}")
         return "\n".join(lines)
 
 
@@ -244,7 +260,12 @@ def explain(op_name: str, *inputs: Any) -> Explanation:
         name: implementation.refusals(*arguments)
         for name, implementation in operator.implementations.items()
     }
-    return Explanation(op_name, select(operator, arguments, forced_backend()).name, refusals)
+    declines = {
+        name: [] if refusals[name] else implementation.declines(*arguments)
+        for name, implementation in operator.implementations.items()
+    }
+    chosen = select(operator, arguments, forced_backend()).name
+    return Explanation(op_name, chosen, refusals, declines)
 
 
 # A module global, like torch's own backend switches: torch.compile guards on it and recompiles when

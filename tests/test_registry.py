@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,13 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Add:
     operator = OPERATORS["upsample"]
     monkeypatch.setattr(operator, "implementations", dict(operator.implementations))
 
-    def add(name: str, refusals: list[str], unavailable: list[str]) -> None:
+    def add(
+        name: str, refusals: list[str], unavailable: list[str], declines: Sequence[str] = ()
+    ) -> None:
         monkeypatch.setitem(registry._availability, name, lambda: unavailable)
         compute = operator.implementations["reference"].compute
-        operator.add(Implementation(name, lambda *a: compute(*a) + 1, lambda *_: refusals))
+        reasons = (lambda *_: refusals, lambda *_: list(declines))
+        operator.add(Implementation(name, lambda *a: compute(*a) + 1, *reasons))
 
     return add
 
@@ -102,6 +105,17 @@ def test_a_refusing_implementation_is_passed_over(add: Add) -> None:
     add("triton", ["it dislikes 3", "and more"], [])
     assert torch.equal(rf.functional.upsample(x, (6, 6)), expected)
     assert "  triton: it dislikes 3; and more\n" in str(rf.explain("upsample", x, (6, 6)))
+
+
+def test_a_declining_implementation_runs_only_by_name(add: Add) -> None:
+    x = image(1, 2, 3, 3)
+    expected = rf.functional.upsample(x, (6, 6))
+    add("triton", [], [], ["another is faster here"])
+    assert torch.equal(rf.functional.upsample(x, (6, 6)), expected)
+    explanation = rf.explain("upsample", x, (6, 6))
+    assert "  triton: can run, declines: another is faster here\n" in str(explanation)
+    with rf.use_backend("triton"):
+        torch.testing.assert_close(rf.functional.upsample(x, (6, 6)), expected + 1)
 
 
 def test_a_forced_implementation_that_refuses_raises_its_reasons(add: Add) -> None:

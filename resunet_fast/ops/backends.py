@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import native
-from ..registry import register_backend
+from .. import environment, native
+from ..registry import nothing, register_backend
 
 NATIVE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _no_reasons(*_: Any) -> list[str]:
-    return []
 
 
 def cpu_refusals(*inputs: Any) -> list[str]:
@@ -29,7 +27,48 @@ def cpu_refusals(*inputs: Any) -> list[str]:
     return reasons
 
 
-no_refusals = _no_reasons
+def triton_unavailable() -> list[str]:
+    """Why no Triton kernel can run on this machine (empty: they can)."""
+    if not environment.triton_installed():
+        return ["Triton is not installed"]
+    if environment.triton_interpreted() or torch.cuda.is_available():
+        return []
+    return ["Triton needs an NVIDIA GPU (TRITON_INTERPRET=1 interprets its kernels on the CPU)"]
 
-register_backend("reference", _no_reasons)
+
+def triton_refusals(*inputs: Any) -> list[str]:
+    """What every Triton implementation has against some operator arguments."""
+    reasons = triton_unavailable()
+    interpreted = environment.triton_interpreted()
+    for tensor in inputs:
+        if isinstance(tensor, Tensor):
+            if not (tensor.is_cuda or (interpreted and tensor.device.type == "cpu")):
+                return [*reasons, f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
+            if tensor.dtype not in NATIVE_DTYPES and tensor.dtype != torch.int64:
+                return [*reasons, f"it has no {tensor.dtype} kernels"]
+    return reasons
+
+
+def triton_declines(*_: Any) -> list[str]:
+    """Interpreted kernels check arithmetic and run only where they are asked for by name."""
+    return ["Triton's interpreter is slow"] if environment.triton_interpreted() else []
+
+
+def deferred(module: str, function: str) -> Callable[..., Any]:
+    """Return a function that imports its body when it is first called.
+
+    Kernels import Triton, which takes longer to load than this whole package.
+
+    Args:
+        module: such as "resunet_fast.ops.bn_act.triton_kernel".
+        function: the name in it.
+    """
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        return getattr(import_module(module), function)(*args, **keywords)
+
+    return call
+
+
+register_backend("reference", nothing)
 register_backend("cpu", native.unavailable)

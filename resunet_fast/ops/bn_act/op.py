@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, no_refusals
+from ..backends import cpu_refusals
 from ..double_backward import save_inputs, through
 from ..layout import accumulator, empty, layout_of
 from . import cpu, reference
@@ -217,9 +217,9 @@ BN_ACT = Operator(
 )
 BN_ACT.add(
     Implementation("cpu", cpu.forward, cpu_refusals),
-    Implementation("reference", reference.forward, no_refusals),
+    Implementation("reference", reference.forward),
 )
 BN_ACT_BACKWARD.add(
     Implementation("cpu", cpu.backward, cpu_refusals),
-    Implementation("reference", reference.backward, no_refusals),
+    Implementation("reference", reference.backward),
 )

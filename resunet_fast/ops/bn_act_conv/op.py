@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, no_refusals
+from ..backends import cpu_refusals
 from ..bn_act import cpu as bn_act_cpu
 from ..bn_act import op as bn_act
 from ..bn_act import reference as bn_act_reference
@@ -112,7 +112,5 @@ BN_ACT_CONV = Operator(
 )
 BN_ACT_CONV.add(
     Implementation("cpu", _composed(bn_act_cpu.forward, conv2d_cpu.forward), cpu_refusals),
-    Implementation(
-        "reference", _composed(bn_act_reference.forward, conv2d_reference.forward), no_refusals
-    ),
+    Implementation("reference", _composed(bn_act_reference.forward, conv2d_reference.forward)),
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, no_refusals
+from ..backends import cpu_refusals
 from ..double_backward import save_inputs, through
 from ..layout import empty, layout_of
 from . import cpu, reference
@@ -122,9 +122,9 @@ CONV2D_BACKWARD = Operator(
 )
 CONV2D.add(
     Implementation("cpu", cpu.forward, cpu_refusals),
-    Implementation("reference", reference.forward, no_refusals),
+    Implementation("reference", reference.forward),
 )
 CONV2D_BACKWARD.add(
     Implementation("cpu", cpu.backward, cpu_refusals),
-    Implementation("reference", reference.backward, no_refusals),
+    Implementation("reference", reference.backward),
 )

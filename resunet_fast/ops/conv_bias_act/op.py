@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import no_refusals
 from ..conv2d import op as conv2d
 from . import cpu, reference
 
@@ -50,5 +49,5 @@ CONV_BIAS_ACT = Operator(
 )
 CONV_BIAS_ACT.add(
     Implementation("cpu", cpu.forward, cpu.refusals),
-    Implementation("reference", reference.forward, no_refusals),
+    Implementation("reference", reference.forward),
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, no_refusals
+from ..backends import cpu_refusals
 from ..bn_act import cpu as bn_act_cpu
 from ..bn_act import op as bn_act
 from ..bn_act import reference as bn_act_reference
@@ -95,6 +95,5 @@ CONV_BN_ACT.add(
     Implementation(
         "reference",
         composed(conv2d_reference.forward, bn_act_reference.forward, in_place=False),
-        no_refusals,
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, no_refusals
+from ..backends import cpu_refusals
 from . import cpu, reference
 
 
@@ -22,5 +22,5 @@ UPDATE_RUNNING_STATS = Operator(
 )
 UPDATE_RUNNING_STATS.add(
     Implementation("cpu", cpu.update, cpu_refusals),
-    Implementation("reference", reference.update, no_refusals),
+    Implementation("reference", reference.update),
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, no_refusals
+from ..backends import cpu_refusals
 from ..layout import empty, layout_of
 from . import cpu, reference
 
@@ -56,9 +56,9 @@ UPSAMPLE_BACKWARD = Operator(
 )
 UPSAMPLE.add(
     Implementation("cpu", cpu.forward, cpu_refusals),
-    Implementation("reference", reference.forward, no_refusals),
+    Implementation("reference", reference.forward),
 )
 UPSAMPLE_BACKWARD.add(
     Implementation("cpu", cpu.backward, cpu_refusals),
-    Implementation("reference", reference.backward, no_refusals),
+    Implementation("reference", reference.backward),
 )
