@@ -1,0 +1,42 @@
+"""What is compiled of a Triton kernel ahead of time, and what the machine code must look like.
+
+Every `ops/<op>/triton_kernel.py` lists its builds in `builds()`; the offline check compiles each
+for every architecture without a GPU, looks at the machine code, and compares it with a committed
+table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation of one kernel.
+
+    Args:
+        name: unique, such as "bn_act_fwd-bf16-nhwc".
+        kernel: the `@triton.jit` function.
+        signature: type of every argument, in order, in Triton's words: "*bf16", "i64", "fp32",
+            "tensordesc<bf16[1, 16, 16, 64]>", "constexpr".
+        constexprs: values of the arguments that are "constexpr".
+        aligned: arguments (pointers, sizes) that are divisible by 16, as a launch would find.
+        num_warps, num_stages: as in a launch.
+        architectures: compute capabilities (80: sm_80) that it is compiled for.
+        demands: what must hold of the machine code, by the names that the offline check knows,
+            such as "wgmma_from_shared_memory" or "vector_16_bytes".
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    aligned: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 2
+    architectures: tuple[int, ...] = ARCHITECTURES
+    demands: frozenset[str] = field(default_factory=frozenset)
