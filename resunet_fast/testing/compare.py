@@ -18,7 +18,7 @@ def worst(actual: Tensor, expected: Tensor) -> tuple[float, tuple[int, ...]]:
     return float(difference.flatten()[index]), tuple(int(i) for i in where)
 
 
-def assert_close(name: str, actual: Tensor, expected: Tensor, allowed: float) -> None:
+def assert_close(name: str, actual: Tensor, expected: Tensor, allowed: float) -> float:
     """Fail with the worst element unless |actual - expected| <= allowed * scale.
 
     Args:
@@ -27,6 +27,9 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, allowed: float) ->
         expected: the float64 reference.
         allowed: the error for values of size 1; it is scaled by the root mean square of `expected`
             and, element by element, by |expected|.
+
+    Returns:
+        The largest error as a share of `allowed`.
 
     Raises:
         AssertionError: shape, or a value, differs.
@@ -43,3 +46,4 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, allowed: float) ->
         f"{name}: at {where} got {float(actual[where]):.9g}, expected {float(expected[where]):.9g};"
         f" error {error:.3g} of the scale, allowed {allowed:.3g}"
     )
+    return error / allowed if error else 0.0
