@@ -20,6 +20,7 @@ COMMANDS = {
     "info": Command("what is installed, what runs here, and why not the rest", "resunet_fast.info"),
     "demo": Command("train the fast and the plain model side by side", "resunet_fast.demo"),
     "predict": Command("segment photographs with a saved model", "resunet_fast.predict"),
+    "verify": Command("check every implementation that can run here", "resunet_fast.verify"),
 }
 # Import names of what the extra "demo" installs.
 OPTIONAL_PACKAGES = frozenset(

@@ -24,6 +24,8 @@ from .tolerances import tolerance
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INFERENCE_ONLY = frozenset({"conv_bias_act"})
+_OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+_TRACING = "test_aot_dispatch_dynamic"
 
 
 def differentiable(case: Case) -> bool:
@@ -61,7 +63,7 @@ def _refused(case: Case, inputs: list[Any], backend: str) -> bool:
 
 def check_forward(
     case: Case, backend: str, layout: torch.memory_format, dtype: torch.dtype
-) -> float:
+) -> float | None:
     """Compare the results with the reference in float64, dtype and strides with the reference's.
 
     Args:
@@ -70,14 +72,14 @@ def check_forward(
         layout, dtype: of the images and weights.
 
     Returns:
-        The largest error as a share of what is allowed; 0 where the implementation refuses.
+        The largest error as a share of what is allowed; None where the implementation refuses.
 
     Raises:
         AssertionError: a result is wrong; the message has the worst element.
     """
     inputs = make_inputs(case, dtype, layout)
     if _refused(case, inputs, backend):
-        return 0.0
+        return None
     doubles = [v.detach().double() if isinstance(v, Tensor) else v for v in inputs]
     expected = run(case, doubles, "reference")
     eager = run(case, inputs, "reference")
@@ -100,14 +102,14 @@ def check_forward(
 
 def check_backward(
     case: Case, backend: str, layout: torch.memory_format, dtype: torch.dtype
-) -> float:
+) -> float | None:
     """Compare every gradient with float64 autograd through the reference, the mask imposed.
 
     Args, returns and errors are those of :func:`check_forward`.
     """
     inputs = make_inputs(case, dtype, layout, requires_grad=True)
     if _refused(case, inputs, backend):
-        return 0.0
+        return None
     outputs = run(case, inputs, backend)
     seeds = seeds_of(outputs)
     if case.operator == "bn_act_conv":
@@ -129,36 +131,39 @@ def check_backward(
     return share
 
 
-def check_gradcheck(case: Case, backend: str, layout: torch.memory_format) -> None:
+def check_gradcheck(case: Case, backend: str, layout: torch.memory_format) -> bool:
     """Compare the gradients with finite differences in float64.
+
+    Returns:
+        True; False where the implementation refuses, and nothing was compared.
 
     Raises:
         GradcheckError: of torch, where they differ.
     """
     inputs = make_inputs(case, torch.float64, layout, requires_grad=True)
     if _refused(case, inputs, backend):
-        return
+        return False
     # fast_mode projects on random directions: every input and output takes part, cheaply.
-    function = _function(case, inputs, backend)
-    assert torch.autograd.gradcheck(function, _leaves(inputs), fast_mode=True)
+    return torch.autograd.gradcheck(
+        _function(case, inputs, backend), _leaves(inputs), fast_mode=True
+    )
 
 
-def check_second_derivatives(case: Case, backend: str) -> None:
+def check_second_derivatives(case: Case, backend: str) -> bool:
     """Compare the gradients of the gradients with finite differences in float64.
 
-    Raises:
-        GradcheckError: of torch, where they differ.
+    Returns and errors are those of :func:`check_gradcheck`.
     """
     inputs = make_inputs(case, torch.float64, requires_grad=True)
     if _refused(case, inputs, backend):
-        return
+        return False
     names = argument_names(case.operator)
     wanted = _leaves(inputs)
     if case.operator == "conv_bn_act" and inputs[names.index("mean")] is None:
         # Its gradient is the constant zero, which gradgradcheck cannot differentiate.
         wanted = [v for v in wanted if v is not inputs[names.index("conv_bias")]]
     function = _function(case, inputs, backend, outputs=2)
-    assert torch.autograd.gradgradcheck(function, wanted, fast_mode=True)
+    return torch.autograd.gradgradcheck(function, wanted, fast_mode=True)
 
 
 def _function(
@@ -173,19 +178,36 @@ def _function(
     return function
 
 
-def check_opcheck(case: Case, backend: str) -> None:
+def check_opcheck(case: Case, backend: str, *, tracing: bool = True) -> bool:
     """Ask torch whether schema, fake, autograd and tracing of the operator agree.
+
+    Args:
+        case: a line of the table of cases.
+        backend: the implementation.
+        tracing: trace it with dynamic shapes as well, which takes a second.
+
+    Returns:
+        True; False where the implementation refuses, and nothing was asked.
 
     Raises:
         OpCheckError: of torch, where they do not.
     """
     inputs = make_inputs(case, torch.float32, requires_grad=differentiable(case))
-    if not _refused(case, inputs, backend):
-        torch.library.opcheck(OPERATORS[case.operator].overload, (*inputs, backend))
+    if _refused(case, inputs, backend):
+        return False
+    _opcheck(case.operator, (*inputs, backend), tracing)
+    return True
 
 
-def check_opcheck_of_backward(case: Case, backend: str) -> None:
+def _opcheck(operator: str, arguments: tuple[Any, ...], tracing: bool) -> None:
+    utilities = (*_OPCHECKS, _TRACING) if tracing else _OPCHECKS
+    torch.library.opcheck(OPERATORS[operator].overload, arguments, test_utils=utilities)
+
+
+def check_opcheck_of_backward(case: Case, backend: str, *, tracing: bool = True) -> bool:
     """Ask the same about every operator of ours that the case's backward calls.
+
+    Args and returns are those of :func:`check_opcheck`.
 
     Raises:
         OpCheckError: of torch, where they do not agree.
@@ -193,7 +215,7 @@ def check_opcheck_of_backward(case: Case, backend: str) -> None:
     """
     inputs = make_inputs(case, torch.float32, requires_grad=True)
     if _refused(case, inputs, backend):
-        return
+        return False
     seen: list[tuple[str, tuple[Any, ...]]] = []
     outputs = run(case, inputs, backend)
     with _Recorder(seen):
@@ -204,7 +226,8 @@ def check_opcheck_of_backward(case: Case, backend: str) -> None:
             v.detach().clone().requires_grad_(v.is_floating_point()) if isinstance(v, Tensor) else v
             for v in arguments
         ]
-        torch.library.opcheck(OPERATORS[name].overload, tuple(leaves))
+        _opcheck(name, tuple(leaves), tracing)
+    return True
 
 
 class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
