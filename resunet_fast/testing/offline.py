@@ -89,17 +89,18 @@ def main_builds(every: Iterable[Build]) -> list[Build]:
     """Return the first build of each kernel: what is compiled where time is short."""
     first: dict[str, Build] = {}
     for build in every:
-        first.setdefault(_qualified(build), build)
+        first.setdefault(qualified(build), build)
     return list(first.values())
 
 
-def _qualified(build: Build) -> str:
+def qualified(build: Build) -> str:
+    """Return the name of a build's kernel with its module."""
     return f"{build.kernel.fn.__module__}.{build.kernel.fn.__name__}"
 
 
 def compile_build(build: Build, arch: int) -> Result:
     """Compile one build, measure it and check its demands."""
-    kernel = _qualified(build)
+    kernel = qualified(build)
     try:
         measurement = _measure(build, arch)
     except Exception as error:  # whatever the compiler raises belongs into the report
