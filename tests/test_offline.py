@@ -28,7 +28,7 @@ PLAIN = Measurement(
     matrix_count=4,
     from_shared=4,
     ldmatrix=0,
-    serialised=False,
+    serialised="",
     atomics=0,
     tma_loads=2,
     tma_stores=1,
@@ -60,10 +60,12 @@ def test_every_demand_has_a_toy_that_breaks_it() -> None:
     assert {demand for _, demand in toys.BROKEN.values()} == demands.DEMANDS.keys()
 
 
-def test_a_demand_of_an_unknown_name() -> None:
-    sentence = r"demands: expected some of \[.*'vector_16_bytes'.*\], got \['fast'\]"
+def test_a_demand_of_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = replace(toys.good()[0], demands=frozenset({"fast"}))
+    monkeypatch.setattr(toys, "builds", lambda: [build])
+    sentence = r"expected some of \[.*'vector_16_bytes'.*\], got \['fast'\] in the build 'copy'"
     with pytest.raises(ValueError, match=sentence):
-        demands.unmet(PLAIN, 90, ["fast"])
+        offline.builds(["toy_kernels"])
 
 
 def test_two_builds_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +87,7 @@ WORSE = {
     "ldmatrix": {"ldmatrix": 5},
     "spilled": {"spilled": 4},
     "shared": {"shared": 1040},
-    "serialised": {"serialised": True},
+    "serialised": {"serialised": "its registers"},
     "matrix": {"matrix": "HMMA", "from_shared": 0},
     "from registers": {"from_shared": 3},
     "narrow loads": {"loads_16": 48},

@@ -156,7 +156,7 @@ def _tma(name: str, size: int | None = 256, through_registers: bool = False) -> 
         constexprs,
         num_warps=8,
         architectures=(90,),
-        demands=frozenset({"wgmma_from_shared_memory", "tma", "tensor_cores"}),
+        demands=frozenset({"wgmma_from_shared_memory", "tma", "matrix_instruction"}),
     )
 
 
@@ -169,7 +169,9 @@ def good() -> list[Build]:
     return [
         _copy("copy", demands=demands("vector_16_bytes"), architectures=every),
         _copy("wide-row", wide_row_kernel, demands=demands("vector_16_bytes")),
-        _matmul("matmul", demands=demands("tensor_cores", "vector_16_bytes"), architectures=every),
+        _matmul(
+            "matmul", demands=demands("matrix_instruction", "vector_16_bytes"), architectures=every
+        ),
         _tma("tma-matmul"),
     ]
 
@@ -188,8 +190,10 @@ BROKEN: dict[str, tuple[Build, str]] = {
         (_copy("atomic", atomic_kernel), "no_atomics"),
         (_matmul("too-many-stages", num_stages=7, architectures=(80,)), "shared_memory_fits"),
         (
-            _matmul("on-cuda-cores", "fp32", architectures=(80,), demands=demands("tensor_cores")),
-            "tensor_cores",
+            _matmul(
+                "on-cuda-cores", "fp32", architectures=(80,), demands=demands("matrix_instruction")
+            ),
+            "matrix_instruction",
         ),
         (_matmul("pointers", architectures=(90,), demands=demands("tma")), "tma"),
         (_tma("maybe-no-step", size=None), "matrix_pipelined"),

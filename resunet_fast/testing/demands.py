@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from .machine_code import Measurement
 
@@ -37,8 +37,8 @@ def _matrix_pipelined(m: Measurement, arch: int) -> str:
     if not m.serialised:
         return ""
     return (
-        "ptxas makes every matrix instruction wait for the one before; commonly the loop might run"
-        " zero times: make the sizes that bound it constexpr"
+        f"each matrix instruction waits for the one before, {m.serialised}; if the loop may"
+        " run zero times, make its trip count constexpr or tl.maximum(steps, 1)"
     )
 
 
@@ -55,7 +55,7 @@ def _vector_16_bytes(m: Measurement, arch: int) -> str:
     return "; ".join(wrong)
 
 
-def _tensor_cores(m: Measurement, arch: int) -> str:
+def _matrix_instruction(m: Measurement, arch: int) -> str:
     return "" if m.matrix_count else "there is no matrix instruction"
 
 
@@ -87,25 +87,31 @@ DEMANDS: dict[str, Check] = {
     "no_atomics": _no_atomics,
     "matrix_pipelined": _matrix_pipelined,
     "vector_16_bytes": _vector_16_bytes,
-    "tensor_cores": _tensor_cores,
+    "matrix_instruction": _matrix_instruction,
     "tma": _tma,
     "wgmma_from_shared_memory": _wgmma_from_shared_memory,
 }
 
 
-def unmet(measurement: Measurement, arch: int, demands: Iterable[str]) -> dict[str, str]:
+def check_names(build: str, demands: frozenset[str]) -> None:
+    """Refuse demands that do not exist, which would never be broken.
+
+    Raises:
+        ValueError: a demand has a name that is not in :data:`DEMANDS`.
+    """
+    if unknown := sorted(demands - DEMANDS.keys()):
+        raise ValueError(
+            f"demands: expected some of {sorted(DEMANDS)}, got {unknown} in the build {build!r}"
+        )
+
+
+def unmet(measurement: Measurement, arch: int, demands: frozenset[str]) -> dict[str, str]:
     """Return the demands that the machine code breaks, with a sentence each.
 
     Args:
         measurement: of one build.
         arch: its architecture.
         demands: names in :data:`DEMANDS`; those of :data:`ALWAYS` are added.
-
-    Raises:
-        ValueError: a demand has a name that is not known.
     """
-    names = ALWAYS | set(demands)
-    if unknown := sorted(names - DEMANDS.keys()):
-        raise ValueError(f"demands: expected some of {sorted(DEMANDS)}, got {unknown}")
-    answers = {name: DEMANDS[name](measurement, arch) for name in sorted(names)}
+    answers = {name: DEMANDS[name](measurement, arch) for name in sorted(ALWAYS | demands)}
     return {name: sentence for name, sentence in answers.items() if sentence}

@@ -37,7 +37,8 @@ class Measurement:
         matrix_count: how many there are.
         from_shared: how many of them read both operands from shared memory.
         ldmatrix: loads from shared memory into a matrix operand's registers, in these loops.
-        serialised: the assembler makes each asynchronous matrix instruction wait for the last.
+        serialised: why the assembler makes each asynchronous matrix instruction wait for the one
+            before, in its own words; "" if it does not.
         atomics: on global memory.
         tma_loads, tma_stores: box copies by descriptor.
         loads, stores: bytes of all other accesses to global memory.
@@ -54,7 +55,7 @@ class Measurement:
     matrix_count: int
     from_shared: int
     ldmatrix: int
-    serialised: bool
+    serialised: str
     atomics: int
     tma_loads: int
     tma_stores: int
@@ -216,7 +217,9 @@ def measure(
         matrix_count=len(matrix),
         from_shared=sum(_both_from_shared(i) for i in matrix),
         ldmatrix=sum(_count(body, "LDSM") for body in loops),
-        serialised="instructions are serialized" in log,
+        serialised="; ".join(
+            re.findall(r"are serialized (.*?)(?: in the function.*)?$", log, re.M)
+        ),
         atomics=sum(_count(instructions, kind) for kind in ("ATOM", "ATOMG", "RED", "REDG")),
         tma_loads=_count(instructions, "UTMALDG"),
         tma_stores=_count(instructions, "UTMASTG"),

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .addresses import narrow_addresses
-from .demands import unmet
+from .demands import check_names, unmet
 from .machine_code import Measurement, measure
 from .offline_table import UPDATE, load, render, row, save, worse
 
@@ -74,11 +74,12 @@ def builds(modules: Iterable[str]) -> list[Build]:
     """Return the builds of some modules, each once.
 
     Raises:
-        ValueError: two different builds have the same name.
+        ValueError: two different builds have the same name, or a demand is not known.
     """
     found: dict[str, Build] = {}
     for module in modules:
         for build in import_module(module).builds():
+            check_names(build.name, build.demands)
             other = found.setdefault(build.name, build)
             if (other.kernel, other.constexprs) != (build.kernel, build.constexprs):
                 raise ValueError(f"builds: expected different names, got {build.name!r} twice")

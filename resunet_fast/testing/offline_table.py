@@ -19,9 +19,10 @@ UPDATE = "if it is meant, run `python -m resunet_fast.testing.offline --update` 
 
 
 def row(measurement: Measurement) -> Row:
-    """What of a measurement is committed: all but the places of narrow addresses."""
+    """What of a measurement is committed: numbers and kinds, no sentences."""
     entry = asdict(measurement)
     del entry["narrow_addresses"]
+    entry["serialised"] = bool(measurement.serialised)
     return entry
 
 
