@@ -72,3 +72,4 @@ def deferred(module: str, function: str) -> Callable[..., Any]:
 
 register_backend("reference", nothing)
 register_backend("cpu", native.unavailable)
+register_backend("triton", triton_unavailable)
