@@ -68,7 +68,7 @@ def configure(pixels: int, k: int, columns: int, repeats: int, multiprocessors: 
         repeats: results of that size, one per tap where tiles do not run across taps.
         multiprocessors: of the GPU.
     """
-    block_k, block_c, block_p = _block(k, 128), _block(columns, 128), _block(pixels, 64)
+    block_k, block_c, block_p = block(k, 128), block(columns, 128), block(pixels, 64)
     tiles = repeats * math.ceil(k / block_k) * math.ceil(columns / block_c)
     splits = math.ceil(multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR / tiles)
     return Config(
@@ -81,8 +81,8 @@ def configure(pixels: int, k: int, columns: int, repeats: int, multiprocessors: 
     )
 
 
-def _block(size: int, largest: int) -> int:
-    # Matrix instructions take 16 rows, columns and terms at least.
+def block(size: int, largest: int) -> int:
+    """Return the power of two that covers a size, within what matrix instructions take."""
     return min(largest, max(16, 1 << (size - 1).bit_length()))
 
 
@@ -117,11 +117,11 @@ def weight_gradient(
     result = torch.zeros if grad_output.numel() == 0 else torch.empty
     dweight = result(shape, dtype=accumulator(x.dtype), device=x.device)
     if dweight.numel() and grad_output.numel():
-        grad, start = _channels_innermost(grad_output), 0
+        grad, start = channels_innermost(grad_output), 0
         with torch.cuda.device_of(x):
             for source in sources:
                 part = dweight[..., start : start + source.shape[1]].flatten(1, 2)
-                _sum(grad, _channels_innermost(source), part, kernel_size, stride, padding)
+                _sum(grad, channels_innermost(source), part, kernel_size, stride, padding)
                 start += source.shape[1]
     return dweight.permute(0, 3, 1, 2)
 
@@ -245,8 +245,8 @@ def bias_gradient(grad_output: Tensor) -> Tensor:
     dtype, pixels = accumulator(grad_output.dtype), n * h * w
     if grad_output.numel() == 0:
         return grad_output.new_zeros(k, dtype=dtype)
-    grad = _channels_innermost(grad_output)
-    block_k, block_p = _block(k, 64), _block(pixels, 64)
+    grad = channels_innermost(grad_output)
+    block_k, block_p = block(k, 64), block(pixels, 64)
     tiles = triton.cdiv(k, block_k)
     wanted = triton.cdiv(_multiprocessors(grad) * _PROGRAMS_PER_MULTIPROCESSOR, tiles)
     split = _split(pixels, wanted, block_p)
@@ -268,7 +268,7 @@ def bias_gradient(grad_output: Tensor) -> Tensor:
 def _sum_partials(partials: Tensor, result: Tensor) -> None:
     """Write the sum of [splits, rows, C] over its first axis into `result`, [rows, C]."""
     splits, rows, c = partials.shape
-    block_s, block_e = _block(splits, 16), 128
+    block_s, block_e = block(splits, 16), 128
     # One program owns one block of elements, in all splits.
     sum_partials_kernel[(triton.cdiv(rows * c, block_e),)](
         *(partials, result, splits, rows * c, result.stride(0)),
@@ -276,7 +276,8 @@ def _sum_partials(partials: Tensor, result: Tensor) -> None:
     )
 
 
-def _channels_innermost(tensor: Tensor) -> Tensor:
+def channels_innermost(tensor: Tensor) -> Tensor:
+    """Return the tensor itself if its channels lie innermost, whatever its other strides."""
     return tensor if tensor.stride(1) == 1 else dense(tensor, torch.channels_last)
 
 
