@@ -117,7 +117,10 @@ def check(name: str, arguments: tuple[Any, ...], backend: str) -> None:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    layout = {"dtype": value.dtype, "device": value.device}
+    return torch.empty_strided(value.shape, value.stride(), **layout).copy_(value.detach())
 
 
 def _tensors(values: Any) -> list[Tensor]:
