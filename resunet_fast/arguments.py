@@ -18,7 +18,8 @@ class Conv(NamedTuple):
     """A convolution's tensors and geometry, as in torch.nn.functional.conv2d.
 
     Args:
-        weight: [K, C / groups, R, S], in the input's dtype, or float32 with a 16-bit input.
+        weight: [K, C / groups, R, S], of a transposed convolution [C, K / groups, R, S], in the
+            input's dtype, or float32 with a 16-bit input.
         bias: [K] or None.
         stride, padding, dilation: (vertical, horizontal).
         groups: number of groups.
@@ -32,7 +33,7 @@ class Conv(NamedTuple):
     groups: int = 1
 
     @staticmethod
-    def of(module: nn.Conv2d) -> Conv:
+    def of(module: nn.Conv2d | nn.ConvTranspose2d) -> Conv:
         """Take them from a module with zero padding given in numbers."""
         geometry = (module.stride, module.padding, module.dilation, module.groups)
         return Conv(module.weight, module.bias, *geometry)  # type: ignore[arg-type]
@@ -123,11 +124,26 @@ def convolves(input: Tensor, conv: Conv, skip: Tensor | None = None) -> bool:
         return False
     if skip is not None and skip.dtype != input.dtype:
         return False
+    return _mixes(input.dtype, conv, conv.weight.shape[0])
+
+
+def transposes(input: Tensor, conv: Conv, output_padding: tuple[int, int]) -> bool:
+    """Whether the transposed convolution takes these; torch reports what does not fit."""
+    if input.dim() != 4 or input.dtype not in DTYPES or input.numel() == 0:
+        return False
+    if conv.weight.numel() == 0 or conv.weight.shape[0] != input.shape[1]:
+        return False
+    if any(padding not in (0, 1) for padding in output_padding):
+        return False
+    return _mixes(input.dtype, conv, conv.weight.shape[1])
+
+
+def _mixes(dtype: torch.dtype, conv: Conv, channels: int) -> bool:
+    """Whether weight and bias go with an input of this dtype and a result of these channels."""
     weight = conv.weight.dtype
-    mixed = weight == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
-    return (mixed or weight == input.dtype) and (
-        conv.bias is None
-        or (conv.bias.dtype in (weight, input.dtype) and conv.bias.shape == (conv.weight.shape[0],))
+    mixed = weight == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    return (mixed or weight == dtype) and (
+        conv.bias is None or (conv.bias.dtype in (weight, dtype) and conv.bias.shape == (channels,))
     )
 
 
@@ -137,6 +153,16 @@ def conv_shape(input: Tensor, conv: Conv) -> tuple[int, ...]:
     axes = zip(input.shape[2:], kernel, conv.stride, conv.padding, conv.dilation, strict=True)
     spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
     return (input.shape[0], conv.weight.shape[0], *spatial)
+
+
+def check_doubling(conv: Conv) -> None:
+    """Raise ValueError unless a transposed convolution has kernel 2, stride 2 and nothing else."""
+    kernel, geometry = tuple(conv.weight.shape[2:]), tuple(conv[2:])
+    if kernel != (2, 2) or geometry != ((2, 2), (0, 0), (1, 1), 1):
+        raise ValueError(
+            "conv: expected kernel (2, 2), stride (2, 2), padding (0, 0), dilation (1, 1) and "
+            f"groups 1, got kernel {kernel} and {', '.join(map(str, geometry))}"
+        )
 
 
 def check_residual(

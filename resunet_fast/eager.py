@@ -58,6 +58,11 @@ def upsample(input: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return F.interpolate(input, size=size, mode="bilinear", align_corners=aligned)
 
 
+def conv_transpose2d(input: Tensor, conv: Conv, output_padding: tuple[int, int]) -> Tensor:
+    """Transposed convolution by torch.nn.functional.conv_transpose2d."""
+    return F.conv_transpose2d(input, conv.weight, conv.bias, 2, 0, output_padding)
+
+
 def conv2d(input: Tensor, conv: Conv, skip: Tensor | None, mode: str) -> Tensor:
     """Concatenate the sources if there are two, then convolve."""
     if skip is not None:

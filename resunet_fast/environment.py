@@ -63,6 +63,15 @@ def gpu_names() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+# Major compute capabilities whose tensor memory accelerator the kernels use.
+TENSOR_MEMORY_ACCELERATOR = (9, 10)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Major and minor version of a GPU's instruction set; None for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def machine() -> dict[str, object]:
     """Facts that every measurement is published with."""
     return {

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from . import registry
+from .models.wiring import Wiring
 from .modules import fused
 from .registry import Explanation
 
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """Every block that can be fused, with what stands against it (empty: it is fused)."""
+    """Every block and transposed convolution, with what stands against fusing it (empty: it is)."""
 
     blocks: dict[str, list[str]]
 
@@ -42,9 +43,18 @@ def explain(subject: str | nn.Module, *inputs: Any) -> Explanation | ModelExplan
         return registry.explain(subject, *inputs)
     if inputs:
         raise ValueError(f"inputs: expected none for a model, got {len(inputs)}")
-    blocks = {
-        name or type(module).__name__: fused.reasons_against(module)
-        for name, module in subject.named_modules()
-        if isinstance(module, fused.BLOCKS)
-    }
+    ups = _transposed_convolutions(subject)
+    blocks = {}
+    for name, module in subject.named_modules():
+        if isinstance(module, fused.BLOCKS):
+            blocks[name or type(module).__name__] = fused.reasons_against(module)
+        elif module in ups:
+            blocks[name] = fused.reasons_against_enlarging(module)
     return ModelExplanation(blocks)
+
+
+def _transposed_convolutions(model: nn.Module) -> list[nn.Module]:
+    """Those which a fused network hands to the operator; others are ordinary modules."""
+    networks = [module for module in model.modules() if isinstance(module, Wiring)]
+    fast = [network for network in networks if network.stages.enlarge is fused.enlarge]
+    return [up for network in fast for up in network.ups]

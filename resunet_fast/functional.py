@@ -22,12 +22,14 @@ from .arguments import (
     DTYPES,
     Conv,
     Norm,
+    check_doubling,
     check_residual,
     check_sources,
     conv_shape,
     convolves,
     fits,
     normalises,
+    transposes,
 )
 from .ops.upsample.reference import MODES
 from .registry import forced_backend
@@ -40,6 +42,7 @@ __all__ = [
     "conv2d",
     "conv_bias_act",
     "conv_bn_act",
+    "conv_transpose2d",
     "update_running_stats",
     "upsample",
 ]
@@ -247,6 +250,37 @@ def conv_bias_act(
         input, weight, bias, residual, relu, *geometry, forced_backend()
     )
     return fused
+
+
+def conv_transpose2d(
+    input: Tensor, conv: Conv, *, output_padding: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """Double the spatial size by a transposed convolution of kernel 2 and stride 2.
+
+    y[n, k, 2 h + r, 2 w + s] = sum over c of input[n, c, h, w] weight[c, k, r, s] + bias[k].
+
+    Args:
+        input: [N, C, H, W].
+        conv: weight [C, K, 2, 2], bias [K] or None, stride (2, 2).
+        output_padding: 0 or 1 row below and column at the right, which hold the bias alone.
+
+    Returns:
+        y, [N, K, 2 H + output_padding[0], 2 W + output_padding[1]].
+
+    Raises:
+        ValueError: another kernel, stride, padding, dilation or number of groups.
+        Whatever torch.nn.functional.conv_transpose2d raises for bad input.
+
+    Source: resunet_fast/ops/conv_transpose2d/reference.py, docs/math.md.
+    """
+    check_doubling(conv)
+    input, _, _ = _autocast(input, None, None)
+    if eager.required() or not transposes(input, conv, output_padding):
+        return eager.conv_transpose2d(input, conv, output_padding)
+    y: Tensor = ops.conv_transpose2d.CONV_TRANSPOSE2D(
+        input, conv.weight, conv.bias, output_padding, forced_backend()
+    )
+    return y
 
 
 def upsample(input: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:

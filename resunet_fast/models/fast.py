@@ -12,7 +12,9 @@ from ..modules import fused
 from .catalogue import build
 from .wiring import ListingWiring, Stages, Wiring
 
-FUSED_STAGES = Stages(fused.DoubleConv, fused.ResBlock, fused.PreActResBlock, fused.down, fused.up)
+FUSED_STAGES = Stages(
+    fused.DoubleConv, fused.ResBlock, fused.PreActResBlock, fused.down, fused.up, fused.enlarge
+)
 
 
 class _Fast(Wiring):

@@ -17,13 +17,27 @@ from torch import Tensor, nn
 
 from ..modules.plain import DoubleConv, Order, PreActResBlock, ResBlock, projection
 
-__all__ = ["PLAIN_STAGES", "ListingWiring", "Stages", "Wiring", "plain_down", "plain_up"]
+__all__ = [
+    "PLAIN_STAGES",
+    "ListingWiring",
+    "Stages",
+    "Wiring",
+    "plain_down",
+    "plain_enlarge",
+    "plain_up",
+]
 
 Encoder = Literal["double_conv", "residual"]
 Downsample = Literal["maxpool", "stride"]
 Upsample = Literal["bilinear", "nearest", "transpose"]
 Interpolation = Literal["none", "nearest", "bilinear"]
 Choice = TypeVar("Choice", bound=str)
+
+
+def plain_enlarge(up: nn.Module, low: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Return up(low), of the given size where there is one."""
+    enlarged: Tensor = up(low) if size is None else up(low, output_size=size)
+    return enlarged
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class Stages:
         down: `(block, x) -> (skip, pooled)`, with skip = block(x), pooled = max_pool2d(skip, 2).
         up: `(block, low, skip, mode) -> block(cat([low enlarged to the skip's size, skip], 1))`;
             mode is "none" where `low` already has that size.
+        enlarge: `(up, low, size) -> up(low, output_size=size)` for a transposed convolution;
+            without a size it doubles that of `low`.
     """
 
     double_conv: type[DoubleConv]
@@ -42,6 +58,7 @@ class Stages:
     pre_res_block: type[PreActResBlock]
     down: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
     up: Callable[[nn.Module, Tensor, Tensor, Interpolation], Tensor]
+    enlarge: Callable[[nn.Module, Tensor, tuple[int, int] | None], Tensor] = plain_enlarge
 
 
 def plain_down(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,12 +221,10 @@ class Wiring(nn.Module):
         Max pooling drops the last row of an odd size: output padding restores it, with the bias
         as its value. A strided convolution rounds up instead: the surplus row is cut.
         """
-        enlarged: Tensor
+        height, width = skip.shape[2:]
         if self.downsample == "maxpool":
-            enlarged = up(low, output_size=skip.shape[2:])
-            return enlarged
-        enlarged = up(low)
-        return enlarged[:, :, : skip.shape[2], : skip.shape[3]]
+            return self.stages.enlarge(up, low, (height, width))
+        return self.stages.enlarge(up, low, None)[:, :, :height, :width]
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:

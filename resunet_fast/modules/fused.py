@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional as rf
-from ..arguments import check_sources
+from ..arguments import check_doubling, check_sources
 from ..functional import Conv, Norm
 from . import plain
 
@@ -256,6 +256,22 @@ def reasons_against(block: DoubleConv | ResBlock | PreActResBlock) -> list[str]:
     return own + refusals(block)
 
 
+def reasons_against_enlarging(up: nn.Module) -> list[str]:
+    """Say why a transposed convolution must be called as a module (empty: the operator does it)."""
+    if type(up) is not nn.ConvTranspose2d:
+        return [f"it is a {type(up).__name__}, not exactly a ConvTranspose2d"]
+    reasons = ["a global module hook is registered"] if _has_any_global_hook() else []
+    if hooked(up):
+        reasons.append("it has hooks or a forward of its own")
+    try:
+        check_doubling(Conv.of(up))
+    except ValueError as error:
+        reasons.append(str(error))
+    if tuple(up.output_padding) != (0, 0):
+        reasons.append(f"it pads its output by {up.output_padding}")
+    return reasons
+
+
 def _takes_sources(block: nn.Module) -> bool:
     """Whether nobody can tell that a block is given two sources or asked for a pooled result.
 
@@ -282,3 +298,14 @@ def up(block: nn.Module, low: Tensor, skip: Tensor, mode: str) -> Tensor:
     else:
         result = block(_source(low, skip, mode))
     return result
+
+
+def enlarge(up: nn.Module, low: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Apply a transposed convolution that doubles the size, or reaches `size`, one more."""
+    height, width = low.shape[-2:]
+    padding = (0, 0) if size is None else (size[0] - 2 * height, size[1] - 2 * width)
+    if reasons_against_enlarging(up) or not all(0 <= surplus <= 1 for surplus in padding):
+        # A size out of reach is for the module to refuse.
+        result: Tensor = up(low) if size is None else up(low, output_size=size)
+        return result
+    return rf.conv_transpose2d(low, Conv.of(up), output_padding=padding)  # type: ignore[arg-type]

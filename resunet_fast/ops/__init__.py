@@ -6,6 +6,7 @@ from .bn_act_conv import op as bn_act_conv
 from .conv2d import op as conv2d
 from .conv_bias_act import op as conv_bias_act
 from .conv_bn_act import op as conv_bn_act
+from .conv_transpose2d import op as conv_transpose2d
 from .running_stats import op as running_stats
 from .upsample import op as upsample
 
@@ -15,6 +16,7 @@ __all__ = [
     "conv2d",
     "conv_bias_act",
     "conv_bn_act",
+    "conv_transpose2d",
     "running_stats",
     "upsample",
 ]

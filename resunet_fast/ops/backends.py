@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import environment, native
-from ..registry import nothing, register_backend
+from ..registry import Operator, nothing, register_backend, select
 
 NATIVE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,6 +54,29 @@ def triton_declines(*_: Any) -> list[str]:
     return ["Triton's interpreter is slow"] if environment.triton_interpreted() else []
 
 
+def cudnn_unavailable() -> list[str]:
+    """Why cuDNN cannot run on this machine (empty: it can)."""
+    if not torch.cuda.is_available():
+        return ["cuDNN needs an NVIDIA GPU"]
+    if not torch.backends.cudnn.is_available():
+        return ["this torch was built without cuDNN"]
+    return [] if torch.backends.cudnn.enabled else ["torch.backends.cudnn.enabled is False"]
+
+
+def computed_by(backend: str, operator: Operator) -> Callable[..., Any]:
+    """Return a function that computes `operator` within another operator's implementation.
+
+    Args:
+        backend: computes it if it has an implementation; empty, or without one, the selected does.
+        operator: takes all its arguments but `backend`.
+    """
+
+    def compute(*inputs: Any) -> Any:
+        return select(operator, inputs, backend).compute(*inputs)
+
+    return compute
+
+
 def deferred(module: str, function: str) -> Callable[..., Any]:
     """Return a function that imports its body when it is first called.
 
@@ -72,3 +95,5 @@ def deferred(module: str, function: str) -> Callable[..., Any]:
 
 register_backend("reference", nothing)
 register_backend("cpu", native.unavailable)
+register_backend("cudnn", cudnn_unavailable)
+register_backend("triton", triton_unavailable)

@@ -40,3 +40,19 @@ class Build:
     num_stages: int = 2
     architectures: tuple[int, ...] = ARCHITECTURES
     demands: frozenset[str] = field(default_factory=frozenset)
+
+
+def signature_of(
+    kernel: Any, given: Mapping[str, str], constexprs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Types of all arguments of a kernel: those given, constexprs, and else 32-bit integers.
+
+    Args:
+        kernel: the `@triton.jit` function.
+        given: types of its pointers and descriptors, and of what else is no 32-bit integer.
+        constexprs: values of what is known at compile time.
+    """
+    return {
+        name: given.get(name, "constexpr" if name in constexprs else "i32")
+        for name in kernel.arg_names
+    }

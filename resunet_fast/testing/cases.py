@@ -143,6 +143,14 @@ def _conv_bias_act(make: _Maker, shape: Shape, options: dict[str, Any]) -> list[
     return [source, weight, bias, residual, options.get("relu", True), *geometry]
 
 
+def _conv_transpose2d(make: _Maker, shape: Shape, options: dict[str, Any]) -> list[Any]:
+    out = options.get("out", 5)
+    weight = make.weight(shape[1], out, 2, 2)
+    bias = make.vector(out).to(make.dtype) if options.get("bias", True) else None
+    source = make.image(shape, options.get("sliced", False))
+    return [source, weight, bias, options.get("output_padding", [0, 0])]
+
+
 def _upsample(make: _Maker, shape: Shape, options: dict[str, Any]) -> list[Any]:
     return [make.image(shape, options.get("sliced", False)), options["size"], options["mode"]]
 
@@ -153,6 +161,7 @@ MAKERS: dict[str, Callable[[_Maker, Shape, dict[str, Any]], list[Any]]] = {
     "conv2d": _conv2d,
     "conv_bias_act": _conv_bias_act,
     "conv_bn_act": _conv_bn_act,
+    "conv_transpose2d": _conv_transpose2d,
     "upsample": _upsample,
 }
 
@@ -223,6 +232,10 @@ def _cases() -> list[Case]:
         ("conv_bias_act", "residual", odd, {"residual": "tensor"}),
         ("conv_bias_act", "no-bias-stride", odd, {"bias": False, "stride": 2, "relu": False}),
         ("conv_bias_act", "residual-no-relu", odd, {"residual": "tensor", "relu": False}),
+        ("conv_transpose2d", "bias", odd, {}),
+        ("conv_transpose2d", "no-bias", vectors, {"bias": False, "out": 8}),
+        ("conv_transpose2d", "output-padding", odd, {"output_padding": [1, 1]}),
+        ("conv_transpose2d", "sliced", odd, {"sliced": True, "output_padding": [0, 1]}),
         ("upsample", "nearest-double", odd, {"size": [14, 18], "mode": "nearest"}),
         ("upsample", "nearest-odd", odd, {"size": [15, 5], "mode": "nearest"}),
         ("upsample", "bilinear-double", odd, {"size": [14, 18], "mode": "bilinear"}),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import cpu_refusals, deferred, triton_declines, triton_refusals
 from ..double_backward import save_inputs, through
 from ..layout import accumulator, empty, layout_of
 from . import cpu, reference
@@ -215,11 +215,14 @@ BN_ACT = Operator(
     setup_context=_setup_context,
     backward=_backward,
 )
+_TRITON = "resunet_fast.ops.bn_act.triton_kernel"
 BN_ACT.add(
+    Implementation("triton", deferred(_TRITON, "forward"), triton_refusals, triton_declines),
     Implementation("cpu", cpu.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )
 BN_ACT_BACKWARD.add(
+    Implementation("triton", deferred(_TRITON, "backward"), triton_refusals, triton_declines),
     Implementation("cpu", cpu.backward, cpu_refusals),
     Implementation("reference", reference.backward),
 )

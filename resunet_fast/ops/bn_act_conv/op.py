@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import computed_by, cpu_refusals, deferred
 from ..bn_act import cpu as bn_act_cpu
 from ..bn_act import op as bn_act
 from ..bn_act import reference as bn_act_reference
 from ..conv2d import cpu as conv2d_cpu
+from ..conv2d import cudnn as conv2d_cudnn
+from ..conv2d import gpu
 from ..conv2d import op as conv2d
 from ..conv2d import reference as conv2d_reference
 
@@ -110,7 +112,18 @@ BN_ACT_CONV = Operator(
     setup_context=_setup_context,
     backward=_backward,
 )
+_TRITON_CONVOLUTION = deferred("resunet_fast.ops.conv2d.triton_kernel", "forward")
 BN_ACT_CONV.add(
+    Implementation(
+        "cudnn",
+        _composed(computed_by("", bn_act.BN_ACT), conv2d_cudnn.forward),
+        *gpu.cudnn(gpu.bn_act_conv),
+    ),
+    Implementation(
+        "triton",
+        _composed(computed_by("triton", bn_act.BN_ACT), _TRITON_CONVOLUTION),
+        *gpu.triton(gpu.bn_act_conv),
+    ),
     Implementation("cpu", _composed(bn_act_cpu.forward, conv2d_cpu.forward), cpu_refusals),
     Implementation("reference", _composed(bn_act_reference.forward, conv2d_reference.forward)),
 )

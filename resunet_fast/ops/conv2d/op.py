@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import cpu_refusals, deferred
 from ..double_backward import save_inputs, through
 from ..layout import empty, layout_of
-from . import cpu, reference
+from . import cpu, cudnn, gpu, reference
 
 
 class ConvArguments(NamedTuple):
@@ -120,11 +120,16 @@ CONV2D_BACKWARD = Operator(
     setup_context=save_inputs,
     backward=through(reference.backward),
 )
+_TRITON = "resunet_fast.ops.conv2d.triton_kernel"
 CONV2D.add(
+    Implementation("cudnn", cudnn.forward, *gpu.cudnn(gpu.conv2d)),
+    Implementation("triton", deferred(_TRITON, "forward"), *gpu.triton(gpu.conv2d)),
     Implementation("cpu", cpu.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )
 CONV2D_BACKWARD.add(
+    Implementation("cudnn", cudnn.backward, *gpu.cudnn(gpu.conv2d_backward)),
+    Implementation("triton", deferred(_TRITON, "backward"), *gpu.triton(gpu.conv2d_backward)),
     Implementation("cpu", cpu.backward, cpu_refusals),
     Implementation("reference", reference.backward),
 )

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import Implementation, Operator
+from ..backends import deferred
+from ..conv2d import gpu
 from ..conv2d import op as conv2d
 from . import cpu, reference
 
@@ -48,6 +50,11 @@ CONV_BIAS_ACT = Operator(
     backward=_backward,
 )
 CONV_BIAS_ACT.add(
+    Implementation(
+        "triton",
+        deferred("resunet_fast.ops.conv_bias_act.triton_kernel", "forward"),
+        *gpu.triton(gpu.conv_bias_act),
+    ),
     Implementation("cpu", cpu.forward, cpu.refusals),
     Implementation("reference", reference.forward),
 )

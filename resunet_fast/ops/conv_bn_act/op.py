@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import cpu_refusals, deferred
 from ..bn_act import cpu as bn_act_cpu
 from ..bn_act import op as bn_act
 from ..bn_act import reference as bn_act_reference
 from ..conv2d import cpu as conv2d_cpu
+from ..conv2d import gpu
 from ..conv2d import op as conv2d
 from ..conv2d import reference as conv2d_reference
+from . import cudnn
 from .composed import composed
 
 _CONV_ARGUMENTS = len(conv2d.ConvArguments._fields)
@@ -89,6 +91,12 @@ CONV_BN_ACT = Operator(
     backward=_backward,
 )
 CONV_BN_ACT.add(
+    Implementation("cudnn", cudnn.forward, *gpu.cudnn(gpu.conv_bn_act)),
+    Implementation(
+        "triton",
+        deferred("resunet_fast.ops.conv_bn_act.triton_kernel", "forward"),
+        *gpu.triton(gpu.conv_bn_act),
+    ),
     Implementation(
         "cpu", composed(conv2d_cpu.forward, bn_act_cpu.forward, in_place=True), cpu_refusals
     ),

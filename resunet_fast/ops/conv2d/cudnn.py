@@ -1,0 +1,71 @@
+"""Convolution by cuDNN, through ATen, of sources concatenated by the selected upsampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import computed_by
+from ..layout import dense, layout_of
+from ..upsample.op import UPSAMPLE, UPSAMPLE_BACKWARD
+from . import reference
+
+
+def _source(input: Tensor, skip: Tensor | None, mode: str) -> Tensor:
+    if skip is None:
+        return input
+    low = input if mode == "none" else computed_by("", UPSAMPLE)(input, skip.shape[2:], mode)
+    return dense(torch.cat([low, skip], 1), layout_of(input))
+
+
+def forward(
+    input: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    upsample_mode: str,
+) -> Tensor:
+    """Compute as the reference does."""
+    x = _source(input, skip, upsample_mode)
+    geometry = (stride, padding, dilation, groups)
+    return reference.forward(x, None, weight, bias, *geometry, "none")
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    upsample_mode: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Compute as the reference does."""
+    x = _source(input, skip, upsample_mode)
+    geometry = (stride, padding, dilation, groups)
+    wants_low, wants_skip, *wants_parameters = output_mask
+    mask = [wants_low or wants_skip, False, *wants_parameters]
+    dx, _, dweight, dbias = reference.backward(
+        grad_output, x, None, weight, bias, *geometry, "none", mask
+    )
+    dlow, dskip = dx, None
+    if dx is not None and skip is not None:
+        dlow, dskip = (
+            dense(part, layout_of(dx)) if wanted else None
+            for part, wanted in zip(
+                dx.split([input.shape[1], skip.shape[1]], 1), output_mask[:2], strict=True
+            )
+        )
+        if dlow is not None and upsample_mode != "none":
+            dlow = computed_by("", UPSAMPLE_BACKWARD)(dlow, input.shape[2:], upsample_mode)
+    return dlow if wants_low else None, dskip, dweight, dbias

@@ -1,0 +1,92 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+# ruff: noqa: N803
+"""Device functions that the convolution kernels share: one k-step, and what follows the last.
+
+An accumulator is [BLOCK_K, BLOCK_P], filters by pixels: with the weight as the first operand the
+tensor cores read both from shared memory, and sums over pixels stay within a thread's registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def multiply(b_w, b_x, b_acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """Add [BLOCK_K, BLOCK_C] times the transpose of [BLOCK_P, BLOCK_C] to the accumulator."""
+    if UPCAST:
+        # Triton's interpreter would multiply the bit patterns of bfloat16.
+        b_w = b_w.to(tl.float32)
+        b_x = b_x.to(tl.float32)
+    return tl.dot(b_w, tl.trans(b_x), b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
+
+
+@triton.jit
+def affine(b_acc, p_scale, p_shift, o_k, m_k, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+    """Scale and shift every filter."""
+    if SCALE:
+        b_scale = tl.load(p_scale + o_k, mask=m_k, other=0.0).to(b_acc.dtype)
+        b_acc = b_acc * b_scale[:, None]
+    if SHIFT:
+        b_shift = tl.load(p_shift + o_k, mask=m_k, other=0.0).to(b_acc.dtype)
+        b_acc = b_acc + b_shift[:, None]
+    return b_acc
+
+
+@triton.jit
+def relu(b_v):
+    """Rectify as torch does: NaN and -0. stay."""
+    return tl.where(b_v < 0, 0.0, b_v)
+
+
+@triton.jit
+def store_partial(p_partial, i_tile, K, o_k, m_k, b_stored, m_p):
+    """Write the count, mean and sum of squared deviations of a tile, of the values as stored.
+
+    `p_partial` is [tiles, 3, K]; `m_p` tells the pixels inside the image.
+    """
+    b_v = b_stored.to(p_partial.dtype.element_ty)
+    n_p = tl.sum(m_p.to(p_partial.dtype.element_ty), 0)
+    b_mean = tl.sum(tl.where(m_p[None, :], b_v, 0.0), 1) / n_p  # [BLOCK_K]
+    b_delta = tl.where(m_p[None, :], b_v - b_mean[:, None], 0.0)
+    p_tile = p_partial + i_tile.to(tl.int64) * 3 * K + o_k
+    tl.store(p_tile, tl.zeros_like(b_mean) + n_p, mask=m_k)
+    tl.store(p_tile + K, b_mean, mask=m_k)
+    tl.store(p_tile + 2 * K, tl.sum(b_delta * b_delta, 1), mask=m_k)
+
+
+@triton.jit
+def bn_stats_merge_kernel(
+    p_partial,  # [tiles, 3, K]: count, mean, sum of squared deviations
+    p_merged,  # [ceil(tiles / BLOCK_T), 3, K], or where FINAL the mean, [K]
+    p_var,  # [K], or None
+    tiles,
+    K,
+    FINAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Merge BLOCK_T tiles into one, in a fixed order."""
+    i_group = tl.program_id(0)
+    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_t = i_group * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_k = o_k < K
+    m = (o_t < tiles)[:, None] & m_k[None, :]
+    p_tile = p_partial + o_t.to(tl.int64)[:, None] * (3 * K) + o_k[None, :]
+    b_n = tl.load(p_tile, mask=m, other=0.0).to(tl.float64)  # [BLOCK_T, BLOCK_K]
+    b_mean = tl.load(p_tile + K, mask=m, other=0.0).to(tl.float64)
+    b_square = tl.load(p_tile + 2 * K, mask=m, other=0.0).to(tl.float64)
+    b_count = tl.maximum(tl.sum(b_n, 0), 1.0)  # [BLOCK_K]; 1 where there is no filter
+    b_merged = tl.sum(b_n * b_mean, 0) / b_count
+    b_delta = tl.where(m, b_mean - b_merged[None, :], 0.0)
+    b_total = tl.sum(b_square + b_n * b_delta * b_delta, 0)
+    element = p_merged.dtype.element_ty
+    if FINAL:
+        tl.store(p_merged + o_k, b_merged.to(element), mask=m_k)
+        tl.store(p_var + o_k, (b_total / b_count).to(element), mask=m_k)
+    else:
+        p_group = p_merged + i_group.to(tl.int64) * (3 * K) + o_k
+        tl.store(p_group, b_count.to(element), mask=m_k)
+        tl.store(p_group + K, b_merged.to(element), mask=m_k)
+        tl.store(p_group + 2 * K, b_total.to(element), mask=m_k)

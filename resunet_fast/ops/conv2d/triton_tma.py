@@ -1,0 +1,132 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+# ruff: noqa: N803
+"""3x3 stride-1 convolution, channels_last, fed by the tensor memory accelerator.
+
+A box of pixels shifted by one tap is one copy: what lies outside the image arrives as zeros, which
+is the padding, and what a tile writes outside is dropped. With pixels as the second operand the
+[rows, columns, channels] box becomes a matrix without moving anything.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_epilogue import affine, multiply, relu, store_partial
+
+
+@triton.jit
+def _accumulate(
+    b_acc,
+    d_x,  # [N, H, W, C], boxes [1, BLOCK_H, BLOCK_W, BLOCK_C]
+    d_w,  # [K, 9, all channels], boxes [BLOCK_K, 1, BLOCK_C]
+    i_n,
+    o_h,
+    o_w,
+    o_k,
+    FIRST: tl.constexpr,
+    C: tl.constexpr,
+    FLIP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the nine taps of one source, whose channels begin at FIRST in the weight."""
+    steps: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    for i in tl.range(0, 9 * steps, num_stages=STAGES):
+        tap = i // steps
+        o_c = (i % steps) * BLOCK_C
+        b_x = d_x.load([i_n, o_h + tap // 3 - 1, o_w + tap % 3 - 1, o_c])
+        b_w = d_w.load([o_k, 8 - tap if FLIP else tap, FIRST + o_c])
+        b_x = b_x.reshape(BLOCK_H * BLOCK_W, BLOCK_C)
+        b_acc = multiply(b_w.reshape(BLOCK_K, BLOCK_C), b_x, b_acc, UPCAST, PRECISION)
+    return b_acc
+
+
+@triton.jit
+def _max_pool(b_z, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr):
+    """2x2 maxima of [BLOCK_H * BLOCK_W, BLOCK_K]; a window with a NaN gives NaN."""
+    shape: tl.constexpr = (BLOCK_H // 2, 2, BLOCK_W // 2, 2, BLOCK_K)
+    b_windows = b_z.to(tl.float32).reshape(shape)
+    b_nan = (b_windows != b_windows).to(tl.int32)
+    b_max = tl.max(tl.max(b_windows, 3), 1)  # [BLOCK_H / 2, BLOCK_W / 2, BLOCK_K]
+    return tl.where(tl.max(tl.max(b_nan, 3), 1) > 0, float("nan"), b_max)
+
+
+@triton.jit
+def conv2d_fwd_tma_kernel(
+    d_x,  # [N, H, W, C_X]
+    d_skip,  # [N, H, W, C_SKIP], or None
+    d_w,  # [K, 9, C_X + C_SKIP]
+    d_residual,  # [N, H, W, K], or None
+    p_scale,  # [K], or None
+    p_shift,  # [K], or None
+    d_y,  # [N, H, W, K]
+    d_pooled,  # [N, H // 2, W // 2, K], or None
+    p_partial,  # [tiles, 3, K], or None
+    H,
+    W,
+    K,
+    tiles_h,
+    tiles_w,
+    tiles_k,
+    C_X: tl.constexpr,
+    C_SKIP: tl.constexpr,
+    FLIP: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    POOL: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program owns BLOCK_K filters of BLOCK_H x BLOCK_W pixels of one image.
+
+    Programs that share pixels run side by side, because the weight is the smaller operand.
+    """
+    i_tile = tl.program_id(0) // tiles_k
+    o_k = (tl.program_id(0) % tiles_k) * BLOCK_K
+    i_n = i_tile // (tiles_h * tiles_w)
+    o_h = (i_tile // tiles_w % tiles_h) * BLOCK_H
+    o_w = (i_tile % tiles_w) * BLOCK_W
+    b_acc = tl.zeros((BLOCK_K, BLOCK_H * BLOCK_W), ACC)
+    b_acc = _accumulate(
+        b_acc, d_x, d_w, i_n, o_h, o_w, o_k, 0, C_X, FLIP,
+        BLOCK_H, BLOCK_W, BLOCK_C, BLOCK_K, STAGES, UPCAST, PRECISION,
+    )  # fmt: skip
+    if C_SKIP > 0:
+        b_acc = _accumulate(
+            b_acc, d_skip, d_w, i_n, o_h, o_w, o_k, C_X, C_SKIP, FLIP,
+            BLOCK_H, BLOCK_W, BLOCK_C, BLOCK_K, STAGES, UPCAST, PRECISION,
+        )  # fmt: skip
+    o_ks = o_k + tl.arange(0, BLOCK_K)
+    m_k = o_ks < K
+    b_v = affine(b_acc, p_scale, p_shift, o_ks, m_k, SCALE, SHIFT)
+    if STATISTICS:
+        o_p = tl.arange(0, BLOCK_H * BLOCK_W)
+        m_p = (o_h + o_p // BLOCK_W < H) & (o_w + o_p % BLOCK_W < W)
+        store_partial(p_partial, i_tile, K, o_ks, m_k, b_v.to(d_y.dtype), m_p)
+    b_z = tl.trans(b_v)  # [BLOCK_H * BLOCK_W, BLOCK_K]
+    if RESIDUAL:
+        b_r = d_residual.load([i_n, o_h, o_w, o_k])
+        b_z = b_z + b_r.reshape(BLOCK_H * BLOCK_W, BLOCK_K).to(ACC)
+    if RELU:
+        b_z = relu(b_z)
+    b_stored = b_z.to(d_y.dtype)
+    d_y.store([i_n, o_h, o_w, o_k], b_stored.reshape(1, BLOCK_H, BLOCK_W, BLOCK_K))
+    if POOL:
+        b_pooled = _max_pool(b_stored, BLOCK_H, BLOCK_W, BLOCK_K).to(d_y.dtype)
+        box: tl.constexpr = (1, BLOCK_H // 2, BLOCK_W // 2, BLOCK_K)
+        d_pooled.store([i_n, o_h // 2, o_w // 2, o_k], b_pooled.reshape(box))
