@@ -29,16 +29,25 @@ RF_HD Moments<A> moments_from_sums(A count, A shift, A sum, A sum_of_squares) {
   return {count, shift + sum / count, m2 < A(0) ? A(0) : m2};
 }
 
+// A shift that is not finite would turn infinite sums into NaN: zero keeps an infinite mean
+// infinite.
+template <class A>
+RF_HD A finite_or_zero(A v) {
+  return v - v == A(0) ? v : A(0);
+}
+
 // Chan, Golub, LeVeque (1979). The mean is a weighted sum, not a + delta * weight, so that a mean
-// of infinity stays infinite instead of becoming inf - inf.
+// of infinity stays infinite instead of becoming inf - inf; equal means stay what they are, so that
+// a constant has a variance of exactly zero.
 template <class A>
 RF_HD Moments<A> merge(Moments<A> a, Moments<A> b) {
   if (a.count == A(0)) return b;
   if (b.count == A(0)) return a;
   const A count = a.count + b.count;
   const A delta = b.mean - a.mean;
+  const A mean = a.mean * (a.count / count) + b.mean * (b.count / count);
   return {
-      count, a.mean * (a.count / count) + b.mean * (b.count / count),
+      count, delta == A(0) ? a.mean : mean,
       a.m2 + b.m2 + delta * delta * (a.count * (b.count / count))};
 }
 
@@ -54,6 +63,10 @@ template <class A>
 RF_HD A clamp_below(A v, A floor) {
   return v < floor ? floor : v;
 }
+
+// Which elements the ReLU let through: all, those the stored output shows, or those that the
+// forward expression gives again.
+enum class Mask { kAll, kOutput, kRecomputed };
 
 // Where ReLU lets the gradient through: above zero, and at NaN. `zero` is the largest value that
 // storage rounds to zero when v has not been rounded yet.

@@ -2,6 +2,9 @@
 // was expected and what came.
 #pragma once
 
+#ifdef USE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -69,8 +72,16 @@ inline bool dense_in_order(const Tensor& t, const int (&order)[4]) {
   return true;
 }
 
+// A call runs on the GPU, which is then the current one, if any of its tensors is on one.
 inline void check_device(const char* op, const char* name, const Tensor& t) {
+#ifdef USE_CUDA
+  const int32_t device = torch::stable::accelerator::getCurrentDeviceIndex();
+  if (!t.is_cuda() || t.get_device_index() != device) {
+    fail(op, ": ", name, " must be on cuda:", device, ", like the other tensors");
+  }
+#else
   if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU, like the other tensors");
+#endif
 }
 
 // The images of one call: all of one dtype and one dense layout, which is known once all were

@@ -48,4 +48,43 @@ RF_HD Tap<A> resize_tap(int64_t index, int64_t in, int64_t out, ResizeMode mode)
   return {first, first < in - 1 ? first + 1 : first, weight};
 }
 
+// (1 - weight) * a + weight * b.
+template <class A>
+RF_HD A mix(A a, A b, A weight) {
+  return (A(1) - weight) * a + weight * b;
+}
+
+// What output with this tap takes from input `index`: the transpose's weight.
+template <class A>
+RF_HD A share_of(Tap<A> tap, int64_t index) {
+  return (tap.first == index ? A(1) - tap.weight : A(0)) +
+         (tap.second == index ? tap.weight : A(0));
+}
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// The first output whose tap begins at input `index` or behind it; `out` if there is none. Taps
+// ascend, so that the estimate is corrected by walking.
+template <class A>
+RF_HD int64_t first_reader(int64_t index, int64_t in, int64_t out, ResizeMode mode) {
+  const double guess =
+      static_cast<double>(index) * (static_cast<double>(out) / static_cast<double>(in));
+  int64_t i = guess < static_cast<double>(out) ? static_cast<int64_t>(guess) : out;
+  while (i > 0 && resize_tap<A>(i - 1, in, out, mode).first >= index) --i;
+  while (i < out && resize_tap<A>(i, in, out, mode).first < index) ++i;
+  return i;
+}
+
+// The outputs that may read input `index` >= 0.
+template <class A>
+RF_HD Range readers(int64_t index, int64_t in, int64_t out, ResizeMode mode) {
+  const int64_t earliest = mode == kNearest || index == 0 ? index : index - 1;
+  return {
+      earliest == 0 ? 0 : first_reader<A>(earliest, in, out, mode),
+      first_reader<A>(index + 1, in, out, mode)};
+}
+
 }  // namespace rf

@@ -11,19 +11,11 @@ void bn_act_forward(
     const OptionalTensor& residual_mean, const OptionalTensor& residual_var,
     const OptionalTensor& residual_weight, const OptionalTensor& residual_bias, double residual_eps,
     bool relu, const Tensor& output, const OptionalTensor& pooled) {
-  const char* op = "bn_act_forward";
-  Images images(op, "input", input);
-  images.add_like("residual", residual, input);
-  images.add_like("output", output, input);
-  if (pooled.has_value()) {
-    images.add(
-        "pooled", *pooled, input.size(0), input.size(1), input.size(2) / 2, input.size(3) / 2);
-  }
   const Normalization main = {mean, var, weight, bias, eps};
   const Normalization shortcut = {
       residual_mean, residual_var, residual_weight, residual_bias, residual_eps};
-  main.check(op, "", input.size(1), images.dtype());
-  check_residual(op, residual, shortcut, input.size(1), images.dtype());
+  const Images images =
+      ForwardOperands{input, main, residual, shortcut, relu, output, pooled}.check();
   const Image image = image_of(input, images);
   const AffineLanes affine(main, image, images.dtype());
   const AffineLanes residual_affine(shortcut, image, images.dtype());

@@ -52,7 +52,7 @@ class GradLanes {
       const Normalization& norm, const Image& image, ScalarType type, bool batch_stats,
       const std::vector<double>& sum_grad, const std::vector<double>& products) {
     mean_ = LaneVector(read_vector(*norm.mean), image, type);
-    scale_ = LaneVector(norm.scale(), image, type);
+    scale_ = LaneVector(scale_of(norm), image, type);
     if (!batch_stats) return;
     const double positions = static_cast<double>(image.n * plane(image));
     std::vector<double> mean_grad = sum_grad, slope = weight_grad(products, norm);
@@ -73,68 +73,38 @@ class GradLanes {
   LaneVector mean_, scale_, mean_grad_, slope_;
 };
 
-// The outputs of the call, each null unless it is wanted.
-struct Wanted {
-  OptionalTensor input, weight, bias, residual, residual_weight, residual_bias;
-
-  bool vectors() const {
-    return weight.has_value() || bias.has_value() || residual_weight.has_value() ||
-           residual_bias.has_value();
-  }
-
-  void check(const char* op, const Images& images, int64_t channels) const {
-    const auto vector = [&](const char* name, const OptionalTensor& t) {
-      if (t.has_value()) check_channels(op, name, *t, channels, images.dtype(), false);
-    };
-    vector("grad_weight", weight);
-    vector("grad_bias", bias);
-    vector("grad_residual_weight", residual_weight);
-    vector("grad_residual_bias", residual_bias);
-  }
-};
-
 struct Backward {
   Image image;
   ScalarType type;
   MaskArgs masked;
-  const void* residual;
-  Normalization main;
-  Normalization shortcut;
-  bool batch_stats;
-  bool residual_batch_stats;
-
-  bool needs_sums(const Wanted& wanted) const {
-    const bool residual_varies = shortcut.present() && residual_batch_stats;
-    return wanted.vectors() || (wanted.input.has_value() && batch_stats) ||
-           (wanted.residual.has_value() && residual_varies);
-  }
+  const BackwardOperands& of;
 
   Sums sums() const {
     const LaneVector mean =
-        shortcut.present() ? LaneVector(read_vector(*shortcut.mean), image, type) : LaneVector();
-    return sum_gradients(image, dtype_of(type), masked, residual, mean.data());
+        of.shortcut.present() ? LaneVector(read_vector(*of.shortcut.mean), image, type) : LaneVector();
+    return sum_gradients(image, dtype_of(type), masked, pointer(of.residual), mean.data());
   }
 
-  void write_vectors(const Sums& sums, const Wanted& wanted) const {
-    write_vector(sums.grad, wanted.bias);
-    write_vector(sums.grad, wanted.residual_bias);
-    if (wanted.weight.has_value()) write_vector(weight_grad(sums.with_input, main), *wanted.weight);
-    if (wanted.residual_weight.has_value()) {
-      write_vector(weight_grad(sums.with_residual, shortcut), *wanted.residual_weight);
+  void write_vectors(const Sums& sums) const {
+    write_vector(sums.grad, of.wanted.bias);
+    write_vector(sums.grad, of.wanted.residual_bias);
+    if (of.wanted.weight.has_value()) write_vector(weight_grad(sums.with_input, of.main), *of.wanted.weight);
+    if (of.wanted.residual_weight.has_value()) {
+      write_vector(weight_grad(sums.with_residual, of.shortcut), *of.wanted.residual_weight);
     }
   }
 
-  void write_images(const Sums& sums, const Wanted& wanted) const {
+  void write_images(const Sums& sums) const {
     GradLanes inner, outer;
-    if (wanted.input.has_value()) {
-      inner = GradLanes(main, image, type, batch_stats, sums.grad, sums.with_input);
+    if (of.wanted.input.has_value()) {
+      inner = GradLanes(of.main, image, type, of.batch_stats, sums.grad, sums.with_input);
     }
-    if (wanted.residual.has_value() && shortcut.present()) {
-      outer = GradLanes(shortcut, image, type, residual_batch_stats, sums.grad, sums.with_residual);
+    if (of.wanted.residual.has_value() && of.shortcut.present()) {
+      outer = GradLanes(of.shortcut, image, type, of.residual_batch_stats, sums.grad, sums.with_residual);
     }
     kernels().grad[dtype_of(type)](
-        {image, masked, residual, inner.view(), outer.view(), mutable_pointer(wanted.input),
-         mutable_pointer(wanted.residual)});
+        {image, masked, pointer(of.residual), inner.view(), outer.view(), mutable_pointer(of.wanted.input),
+         mutable_pointer(of.wanted.residual)});
   }
 };
 
@@ -147,39 +117,23 @@ void bn_act_backward(
     bool relu, const OptionalTensor& grad_input, const OptionalTensor& grad_weight,
     const OptionalTensor& grad_bias, const OptionalTensor& grad_residual,
     const OptionalTensor& grad_residual_weight, const OptionalTensor& grad_residual_bias) {
-  const char* op = "bn_act_backward";
-  Images images(op, "grad_output", grad_output);
-  images.add_like("input", input, grad_output);
-  images.add_like("output", output, grad_output);
-  images.add_like("residual", residual, grad_output);
-  images.add_like("grad_input", grad_input, grad_output);
-  images.add_like("grad_residual", grad_residual, grad_output);
-  const ScalarType type = images.dtype();
   const Normalization main = {mean, var, weight, bias, eps};
   const Normalization shortcut = {
       residual_mean, residual_var, residual_weight, std::nullopt, residual_eps};
   const Wanted wanted = {grad_input,    grad_weight,          grad_bias,
                          grad_residual, grad_residual_weight, grad_residual_bias};
-  main.check(op, "", input.size(1), type);
-  check_residual(op, residual, shortcut, input.size(1), type);
-  wanted.check(op, images, input.size(1));
-  if (relu && residual.has_value() && !output.has_value()) {
-    fail(op, ": output must be given when there is a residual, for the ReLU's mask");
-  }
-  if ((grad_residual_weight.has_value() || grad_residual_bias.has_value()) && !shortcut.present()) {
-    fail(op, ": grad_residual_weight and grad_residual_bias need residual_mean");
-  }
-
+  const BackwardOperands operands = {
+      grad_output, input,    output,  main, batch_stats, residual,
+      shortcut,    residual_batch_stats, relu, wanted};
+  const Images images = operands.check();
   const Image image = image_of(input, images);
-  const AffineLanes affine(main, image, type);
-  const Mask mask = !relu ? Mask::kAll : output.has_value() ? Mask::kOutput : Mask::kRecomputed;
+  const AffineLanes affine(main, image, images.dtype());
   const MaskArgs masked = {
-      mask, grad_output.data_ptr(), pointer(output), input.data_ptr(), affine.view()};
-  const Backward backward = {image, type,     masked,      pointer(residual),
-                             main,  shortcut, batch_stats, residual_batch_stats};
-  const Sums sums = backward.needs_sums(wanted) ? backward.sums() : Sums();
-  if (wanted.vectors()) backward.write_vectors(sums, wanted);
-  if (grad_input.has_value() || grad_residual.has_value()) backward.write_images(sums, wanted);
+      operands.mask(), grad_output.data_ptr(), pointer(output), input.data_ptr(), affine.view()};
+  const Backward backward = {image, images.dtype(), masked, operands};
+  const Sums sums = operands.needs_sums() ? backward.sums() : Sums();
+  if (wanted.vectors()) backward.write_vectors(sums);
+  if (grad_input.has_value() || grad_residual.has_value()) backward.write_images(sums);
 }
 
 }  // namespace

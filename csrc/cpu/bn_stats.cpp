@@ -21,9 +21,7 @@ void merge_tiles(
 }
 
 void bn_stats(const Tensor& input, const Tensor& mean, const Tensor& var) {
-  Images images("bn_stats", "input", input);
-  check_channels("bn_stats", "mean", mean, input.size(1), images.dtype(), true);
-  check_channels("bn_stats", "var", var, input.size(1), images.dtype(), true);
+  const Images images = check_bn_stats(input, mean, var);
   const Image image = image_of(input, images);
   const Tiles tiles = tiles_of(image);
   std::vector<double> partials(tiles.count * 2 * image.c);

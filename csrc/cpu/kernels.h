@@ -7,9 +7,9 @@
 
 #include <stdint.h>
 
-namespace rf::cpu {
+#include "../types.h"
 
-enum DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kDTypes };
+namespace rf::cpu {
 
 struct Image {
   int64_t n, c, h, w;
@@ -55,10 +55,6 @@ struct GradAffine {
 };
 
 enum class Residual { kNone, kPlain, kNormalized };
-
-// Which elements the ReLU let through: all, those the stored output shows, or those that the
-// forward expression gives again.
-enum class Mask { kAll, kOutput, kRecomputed };
 
 // partials: double[tiles][2][c], the mean and the sum of squared distances of each tile.
 struct StatsArgs {

@@ -4,24 +4,10 @@
 #include <limits>
 #include <utility>
 
-#include "../resize_math.h"
 #include "vectors.h"
 
 namespace rf::cpu {
 namespace {
-
-ResizeMode checked_mode(const char* op, int64_t mode) {
-  if (mode < kNearest || mode > kBilinearAlignCorners) {
-    fail(op, ": mode must be 0 (nearest), 1 (bilinear) or 2 (bilinear, align_corners), got ", mode);
-  }
-  return static_cast<ResizeMode>(mode);
-}
-
-void check_not_empty(const char* op, const char* name, const Tensor& t) {
-  if (t.size(2) < 1 || t.size(3) < 1) {
-    fail(op, ": ", name, " must have at least one row and one column, got ", shape_of(t));
-  }
-}
 
 // The loops keep positions along an axis in 32 bits, for wide gather loads.
 Axis checked_axis(const char* op, int64_t in, int64_t out) {
@@ -84,18 +70,13 @@ void upsample_forward(
     const Tensor& input, const OptionalTensor& skip, int64_t mode, const Tensor& output) {
   const char* op = "upsample_forward";
   const ResizeMode resize = checked_mode(op, mode);
-  Images images(op, "input", input);
-  images.add("output", output);
-  const int64_t n = input.size(0), c = input.size(1), h = output.size(2), w = output.size(3);
-  const int64_t skip_channels = skip.has_value() && skip->dim() == 4 ? skip->size(1) : 0;
-  if (skip.has_value()) images.add("skip", *skip, n, skip_channels, h, w);
-  images.add("output", output, n, c + skip_channels, h, w);
+  const Images images = check_upsample_forward(input, skip, output);
   if (output.numel() == 0) return;
-  check_not_empty(op, "input", input);
+  const int64_t c = input.size(1), skip_channels = output.size(1) - c;
   Image image = image_of(output, images);
   image.c = c;
-  const Axis rows = checked_axis(op, input.size(2), h);
-  const Axis columns = checked_axis(op, input.size(3), w);
+  const Axis rows = checked_axis(op, input.size(2), output.size(2));
+  const Axis columns = checked_axis(op, input.size(3), output.size(3));
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     const TapTable<A> row_taps(rows, resize), column_taps(columns, resize);
@@ -111,22 +92,13 @@ void upsample_backward(
     const OptionalTensor& grad_skip) {
   const char* op = "upsample_backward";
   const ResizeMode resize = checked_mode(op, mode);
-  Images images(op, "grad_output", grad_output);
-  images.add("grad_input", grad_input);
-  const int64_t n = grad_output.size(0), h = grad_output.size(2), w = grad_output.size(3);
-  const int64_t c = grad_input.size(1), skip_channels = grad_output.size(1) - c;
-  if (skip_channels < 0 || grad_input.size(0) != n) {
-    fail(
-        op, ": grad_input must have the batch size of grad_output and at most its channels, got ",
-        shape_of(grad_input), " for grad_output of shape ", shape_of(grad_output));
-  }
-  if (grad_skip.has_value()) images.add("grad_skip", *grad_skip, n, skip_channels, h, w);
+  const Images images = check_upsample_backward(grad_output, grad_input, grad_skip);
   if (grad_input.numel() + grad_output.numel() == 0) return;
-  if (grad_input.numel() > 0) check_not_empty(op, "grad_output", grad_output);
+  const int64_t c = grad_input.size(1), skip_channels = grad_output.size(1) - c;
   Image image = image_of(grad_output, images);
   image.c = c;
-  const Axis rows = checked_axis(op, grad_input.size(2), h);
-  const Axis columns = checked_axis(op, grad_input.size(3), w);
+  const Axis rows = checked_axis(op, grad_input.size(2), grad_output.size(2));
+  const Axis columns = checked_axis(op, grad_input.size(3), grad_output.size(3));
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     const GatherTable<A> row_table(rows, resize), column_table(columns, resize);

@@ -4,21 +4,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "../bn_math.h"
-#include "../check.h"
+#include "../operands.h"
 #include "kernels.h"
-#include "types.h"
 
 namespace rf::cpu {
-
-inline DType dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double: return kFloat64;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    default: return kFloat32;
-  }
-}
 
 // Calls f with a null pointer of the tensor's storage type.
 template <class F>
@@ -109,14 +98,6 @@ inline Tiles tiles_of(const Image& image) {
   positions = (positions + row - 1) / row * row;
   const int64_t per_run = run > 0 ? (run + positions - 1) / positions : 0;
   return {positions, per_run, image.channels_last ? per_run : per_run * image.n};
-}
-
-inline const void* pointer(const OptionalTensor& t) {
-  return t.has_value() ? t->data_ptr() : nullptr;
-}
-
-inline void* mutable_pointer(const OptionalTensor& t) {
-  return t.has_value() ? t->mutable_data_ptr() : nullptr;
 }
 
 }  // namespace rf::cpu

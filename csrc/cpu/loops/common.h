@@ -3,7 +3,6 @@
 
 #include "../../bn_math.h"
 #include "../kernels.h"
-#include "../types.h"
 
 // A loop over memory as a function of its own: merged into its callers it would be optimised
 // together with them, and then not always vectorised.

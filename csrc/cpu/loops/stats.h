@@ -39,13 +39,6 @@ RF_LOOP void add_moments(
   }
 }
 
-// A shift that is not finite would turn infinite sums into NaN: zero keeps an infinite mean
-// infinite.
-template <class A>
-A finite_or_zero(double v) {
-  return v - v == 0.0 ? static_cast<A>(v) : A(0);
-}
-
 template <class T, class A>
 void estimate_shift(const T* x, const TileSpan& span, A* shift, A* partial, double* total) {
   const int64_t width = span.channels * span.repeat;
@@ -58,7 +51,7 @@ void estimate_shift(const T* x, const TileSpan& span, A* shift, A* partial, doub
   const double positions = static_cast<double>(length / span.channels);
   for (int64_t i = 0; i < width; i += span.channels) {
     for (int64_t c = 0; c < span.channels; ++c) {
-      shift[i + c] = finite_or_zero<A>(total[c] / positions);
+      shift[i + c] = static_cast<A>(finite_or_zero(total[c] / positions));
     }
   }
 }

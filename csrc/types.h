@@ -1,13 +1,22 @@
 // Storage types of tensors, and their conversion to and from the type that the loops compute in.
-// Branch-free integer arithmetic, so that the compiler vectorises the conversions on every target.
+// On the CPU branch-free integer arithmetic, so that the compiler vectorises the conversions on
+// every target; on a GPU its own instructions, which round alike.
 #pragma once
 
 #include <stdint.h>
 
-// A conversion left as a call would keep its loop scalar.
-#define RF_ALWAYS_INLINE static inline __attribute__((always_inline))
+#include "bn_math.h"
 
-namespace rf::cpu {
+// A conversion left as a call would keep its loop scalar.
+#ifdef __CUDACC__
+#define RF_ALWAYS_INLINE __host__ __device__ static __forceinline__
+#else
+#define RF_ALWAYS_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace rf {
+
+enum DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kDTypes };
 
 struct BFloat16 {
   uint16_t bits;
@@ -35,6 +44,16 @@ RF_ALWAYS_INLINE double get(double v) { return v; }
 
 RF_ALWAYS_INLINE float get(BFloat16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
 
+#ifdef __CUDA_ARCH__
+
+RF_ALWAYS_INLINE float get(Float16 v) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+  return wide;
+}
+
+#else
+
 RF_ALWAYS_INLINE float get(Float16 v) {
   const uint32_t magnitude = v.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
@@ -46,9 +65,23 @@ RF_ALWAYS_INLINE float get(Float16 v) {
   return float_of(sign | (magnitude >= 0x7c00u ? special : finite));
 }
 
+#endif
+
 RF_ALWAYS_INLINE void put(float* p, float v) { *p = v; }
 
 RF_ALWAYS_INLINE void put(double* p, double v) { *p = v; }
+
+#ifdef __CUDA_ARCH__
+
+RF_ALWAYS_INLINE void put(BFloat16* p, float v) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(p->bits) : "f"(v));
+}
+
+RF_ALWAYS_INLINE void put(Float16* p, float v) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(p->bits) : "f"(v));
+}
+
+#else
 
 RF_ALWAYS_INLINE void put(BFloat16* p, float v) {
   const uint32_t bits = bits_of(v);
@@ -70,6 +103,8 @@ RF_ALWAYS_INLINE void put(Float16* p, float v) {
   p->bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : finite));
 }
 
+#endif
+
 template <class T>
 struct Storage {
   using Acc = float;
@@ -84,12 +119,12 @@ template <class T>
 using Acc = typename Storage<T>::Acc;
 
 // The largest value that rounds to zero when stored: half the smallest subnormal, ties to even.
-static inline float rounds_to_zero(float) { return 0.0f; }
+RF_HD float rounds_to_zero(float) { return 0.0f; }
 
-static inline double rounds_to_zero(double) { return 0.0; }
+RF_HD double rounds_to_zero(double) { return 0.0; }
 
-static inline float rounds_to_zero(BFloat16) { return 0x1p-134f; }
+RF_HD float rounds_to_zero(BFloat16) { return 0x1p-134f; }
 
-static inline float rounds_to_zero(Float16) { return 0x1p-25f; }
+RF_HD float rounds_to_zero(Float16) { return 0x1p-25f; }
 
-}  // namespace rf::cpu
+}  // namespace rf

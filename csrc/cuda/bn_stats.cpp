@@ -1,0 +1,25 @@
+#include "operators.h"
+
+namespace rf::cuda {
+namespace {
+
+void bn_stats(const Tensor& input, const Tensor& mean, const Tensor& var) {
+  const Device device("bn_stats", input);
+  const Images images = check_bn_stats(input, mean, var);
+  const Image image = image_of(input, images);
+  const int width = width_of(images, run_length(image), {input.data_ptr()});
+  const Sweep sweep = sweep_of(image, width, kReductionBlocks);
+  const Tensor partials = scratch(input, images.dtype(), 2 * slots_of(sweep) * image.c);
+  stats(
+      {sweep, dtype_of(images.dtype()), input.data_ptr(), partials.mutable_data_ptr(),
+       vector_of(mean), vector_of(var)},
+      device.stream());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CUDA, m) {
+  m.impl("bn_stats", TORCH_BOX(&bn_stats));
+}
+
+}  // namespace rf::cuda
