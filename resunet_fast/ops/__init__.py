@@ -8,6 +8,7 @@ from .conv_bias_act import op as conv_bias_act
 from .conv_bn_act import op as conv_bn_act
 from .running_stats import op as running_stats
 from .upsample import op as upsample
+from .upsample_concat import op as upsample_concat
 
 __all__ = [
     "bn_act",
@@ -17,4 +18,5 @@ __all__ = [
     "conv_bn_act",
     "running_stats",
     "upsample",
+    "upsample_concat",
 ]
