@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 Self = TypeVar("Self", bound="Sealed")
 
-# What torch itself notes on a module: Module.compile's result.
-_TORCHS_OWN = frozenset({"_compiled_call_impl"})
+# What torch itself notes on a module: that, and how, it is compiled.
+_TORCHS_OWN = frozenset({"_compiled_call_impl", "_is_torch_compile"})
 
 
 class FrozenError(RuntimeError):
@@ -33,7 +33,9 @@ class Sealed(nn.Module):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_sealed" in self.__dict__ and name not in _TORCHS_OWN:
+        # torch.compile sets `training` to what it is.
+        changes = name not in self.__dict__ or self.__dict__[name] is not value
+        if "_sealed" in self.__dict__ and changes and name not in _TORCHS_OWN:
             _refuse(f"cannot set {name!r}")
         super().__setattr__(name, value)
 
