@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...registry import Implementation, Operator
 from ..conv2d import op as conv2d
-from . import cpu, reference
+from . import cpu, cudnn, reference
 
 
 def _fake(
@@ -48,6 +48,7 @@ CONV_BIAS_ACT = Operator(
     backward=_backward,
 )
 CONV_BIAS_ACT.add(
+    Implementation("cudnn", cudnn.forward, cudnn.refusals),
     Implementation("cpu", cpu.forward, cpu.refusals),
     Implementation("reference", reference.forward),
 )
