@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from .modules.fused import hooked
 
 __all__ = ["freeze", "refusals"]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Largest relative error (of the norm) that `verify` accepts from dtypes whose own error is below.
 _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -49,7 +47,7 @@ def freeze(
     if reasons:
         raise ValueError("model: it cannot be frozen: " + "; ".join(reasons))
     assert isinstance(model, Wiring)
-    frozen = FrozenResUNet(model, _chosen_dtype(model, dtype))
+    frozen = FrozenResUNet(model, model.outc.weight.dtype if dtype is None else dtype)
     if verify is not None:
         _verify(frozen, model, verify)
     return frozen
@@ -75,26 +73,6 @@ def refusals(model: nn.Module) -> list[str]:
     for i, up in enumerate(model.ups):
         reasons += layer_refusals(f"ups.{i}", up, nn.ConvTranspose2d)
     return reasons + layer_refusals("outc", model.outc, nn.Conv2d)
-
-
-def _chosen_dtype(model: Wiring, dtype: torch.dtype | None) -> torch.dtype:
-    weight = model.outc.weight
-    chosen = weight.dtype if dtype is None else dtype
-    if chosen not in _DTYPES:
-        raise ValueError(f"dtype: expected None or one of {list(_DTYPES)}, got {dtype!r}")
-    if weight.device.type != "cpu":
-        return chosen
-    if chosen == torch.float16:
-        raise ValueError(
-            "dtype: torch.float16 has no fused convolution on a CPU; expected torch.bfloat16 or"
-            " torch.float32"
-        )
-    if chosen == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        warnings.warn(
-            "oneDNN has no bfloat16 on this processor: the frozen model runs on the reference",
-            stacklevel=3,
-        )
-    return chosen
 
 
 def _verify(frozen: FrozenResUNet, model: Wiring, x: Tensor) -> None:

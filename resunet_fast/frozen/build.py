@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..functional import Norm
+from ..arguments import DTYPES, Norm
 from ..modules import fused, plain
 from .blocks import FrozenBlock
 from .folding import fold
@@ -20,6 +21,27 @@ _KINDS: dict[type[nn.Module], Any] = {
     plain.PreActResBlock: fused.PreActResBlock,
     **{kind: kind for kind in fused.BLOCKS},
 }
+
+
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless a network can be frozen in this dtype on this device.
+
+    Bfloat16 on a processor without it is slow, not wrong: a warning.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected None or one of {list(DTYPES)}, got {dtype!r}")
+    if device.type != "cpu":
+        return
+    if dtype == torch.float16:
+        raise ValueError(
+            "dtype: torch.float16 has no fused convolution on a CPU; expected torch.bfloat16 or"
+            " torch.float32"
+        )
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        warnings.warn(
+            "oneDNN has no bfloat16 on this processor: the frozen model runs on the reference",
+            stacklevel=4,
+        )
 
 
 def block_refusals(name: str, block: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.wiring import PLAIN_STAGES, Stages, Wiring
 from .blocks import down, up
-from .build import freeze_block, freeze_conv
+from .build import check_dtype, freeze_block, freeze_conv
 from .errors import LayerErrors, layer_errors
 from .graphs import GraphCache, cuda_capture
 from .layers import FrozenTransposed, Layer
@@ -45,6 +45,7 @@ class FrozenResUNet(Sealed, Wiring):
 
     def __init__(self, model: Wiring, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
+        check_dtype(dtype, model.outc.weight.device)
         for name in _CHOICES:
             setattr(self, name, getattr(model, name))
         self.dtype = dtype
@@ -99,11 +100,17 @@ class FrozenResUNet(Sealed, Wiring):
         return layer_errors(self, model, x)
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a saved network of the same structure: how it is loaded."""
+        """Take the tensors of a saved network of the same structure: how it is loaded.
+
+        Raises:
+            ValueError: their device does not take the model's dtype.
+        """
+        device = next(iter(state.values())).device
+        check_dtype(self.dtype, device)
         for name, module in self.named_modules():
             if isinstance(module, Layer):
                 module.fill(state, f"{name}." if name else "")
-        self.__dict__["device"] = next(iter(state.values())).device
+        self.__dict__["device"] = device
         self.__dict__["_graphs"] = self._new_graphs()
 
     def extra_repr(self) -> str:
