@@ -19,7 +19,7 @@ from ..ops.conv_bias_act import cpu as onednn
 from ..ops.conv_bias_act.op import CONV_BIAS_ACT
 from ..ops.layout import accumulator
 from ..registry import forced_backend
-from .sealed import Sealed, symbolic
+from .sealed import HOLDS_NAN, Sealed, symbolic
 
 
 class _Opaque:
@@ -86,11 +86,13 @@ class FrozenConv(Layer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map [N, C, H, W] to [N, K, H', W']; the residual has the result's shape."""
-        weight = self._weight if symbolic(x) else self._packed.tensor
-        if weight is None:
+        weight, backend = self._packed.tensor, forced_backend()
+        if weight is None or symbolic(x):
             weight = self._weight
+        elif HOLDS_NAN.get():
+            weight, backend = self._weight, "reference"
         z: Tensor = CONV_BIAS_ACT(
-            x, weight, self._bias, residual, self.relu, *self.geometry, forced_backend()
+            x, weight, self._bias, residual, self.relu, *self.geometry, backend
         )
         return z
 

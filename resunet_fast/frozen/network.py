@@ -14,7 +14,7 @@ from .build import check_dtype, freeze_block, freeze_conv
 from .errors import LayerErrors, layer_errors
 from .graphs import GraphCache, cuda_capture
 from .layers import FrozenTransposed, Layer
-from .sealed import FrozenError, Sealed, SealedList, seal, symbolic
+from .sealed import HOLDS_NAN, FrozenError, Sealed, SealedList, seal, symbolic
 
 _CHOICES = (
     "in_channels",
@@ -39,6 +39,8 @@ class FrozenResUNet(Sealed, Wiring):
         dtype: of the folded tensors and of everything that flows between them.
     """
 
+    _finite: bool
+    _graphs: GraphCache | None
     stages: ClassVar[Stages] = Stages(
         PLAIN_STAGES.double_conv, PLAIN_STAGES.res_block, PLAIN_STAGES.pre_res_block, down, up
     )
@@ -56,8 +58,8 @@ class FrozenResUNet(Sealed, Wiring):
         self.decoder_layers = self._frozen("decoder_layers", model.decoder_layers)
         self.res_blocks = self._frozen("res_blocks", model.res_blocks)
         self.outc = freeze_conv("", model, "outc", "", dtype, relu=False)  # type: ignore[assignment]
-        self._graphs = self._new_graphs()
         seal(self)
+        self._settle()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits.
@@ -81,10 +83,13 @@ class FrozenResUNet(Sealed, Wiring):
 
     def run(self, x: Tensor) -> Tensor:
         """Compute the logits of a checked input, layer by layer."""
-        contiguous = x.is_contiguous()
-        x = x.to(self.dtype, memory_format=torch.channels_last)
-        logits = Wiring.forward(self, x)
-        return logits.contiguous() if contiguous else logits
+        if symbolic(x) or not self._may_hold_nan(x):
+            return self._compute(x)
+        token = HOLDS_NAN.set(True)
+        try:
+            return self._compute(x)
+        finally:
+            HOLDS_NAN.reset(token)
 
     def report(self, model: Wiring, x: Tensor) -> LayerErrors:
         """Compare every folded layer with the layers it stands for, in float64, on its own input.
@@ -111,20 +116,37 @@ class FrozenResUNet(Sealed, Wiring):
             if isinstance(module, Layer):
                 module.fill(state, f"{name}." if name else "")
         self.__dict__["device"] = device
-        self.__dict__["_graphs"] = self._new_graphs()
+        self._settle()
 
     def extra_repr(self) -> str:
         """Return the network's choices and the frozen dtype."""
         return f"{super().extra_repr()}, dtype={self.dtype}, device={self.device}"
+
+    def _compute(self, x: Tensor) -> Tensor:
+        contiguous = x.is_contiguous()
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = Wiring.forward(self, x)
+        return logits.contiguous() if contiguous else logits
+
+    def _may_hold_nan(self, x: Tensor) -> bool:
+        # Not asked on a GPU, which would have to be waited for.
+        return x.device.type == "cpu" and not (self._finite and bool(x.isfinite().all()))
+
+    def _settle(self) -> None:
+        """Derive what depends on the tensors and is not saved with them."""
+        layers = (module for module in self.modules() if isinstance(module, Layer))
+        tensors = [tensor for layer in layers for _, tensor in layer.tensors()]
+        on_cpu = self.device.type == "cpu"
+        self.__dict__["_finite"] = on_cpu and all(bool(t.isfinite().all()) for t in tensors)
+        cache = GraphCache(cuda_capture) if self.device.type == "cuda" else None
+        self.__dict__["_graphs"] = cache
 
     def _frozen(self, name: str, blocks: nn.ModuleList) -> SealedList:
         parts: Iterable[nn.Module] = (
             freeze_block(f"{name}.{i}", block, self.dtype) for i, block in enumerate(blocks)
         )
         return SealedList(parts)
-
-    def _new_graphs(self) -> GraphCache | None:
-        return GraphCache(cuda_capture) if self.device.type == "cuda" else None
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
@@ -144,11 +166,11 @@ class FrozenResUNet(Sealed, Wiring):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_graphs"] = self._new_graphs()
+        self._settle()
 
 
 def _transposed(layer: nn.Module) -> nn.ConvTranspose2d:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -12,6 +13,10 @@ Self = TypeVar("Self", bound="Sealed")
 
 # What torch itself notes on a module: that, and how, it is compiled.
 _TORCHS_OWN = frozenset({"_compiled_call_impl", "_is_torch_compile"})
+
+
+# Whether what flows through the network may hold a NaN: the fused kernels' ReLU makes it zero.
+HOLDS_NAN: ContextVar[bool] = ContextVar("HOLDS_NAN", default=False)
 
 
 class FrozenError(RuntimeError):
