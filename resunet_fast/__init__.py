@@ -19,16 +19,20 @@ except ImportError as error:  # pragma: no cover - exercised by the build tests,
 
 from . import functional, ops, reference
 from .explain import explain
+from .freeze import freeze
+from .frozen import FrozenError
 from .models import ResUNet, UNetWithResidualConnections, create_model, list_models
 from .registry import BackendError, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "FrozenError",
     "ResUNet",
     "UNetWithResidualConnections",
     "create_model",
     "explain",
+    "freeze",
     "functional",
     "list_models",
     "ops",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,11 +19,13 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from resunet_fast import __version__, create_model
+from resunet_fast import __version__, create_model, freeze
+from resunet_fast.frozen import FrozenResUNet
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 BINARY_SEGMENTATION = "binary_segmentation"
+FROZEN_DTYPES = ("", "float64", "float32", "bfloat16", "float16")
 
 Argument = bool | int | str | tuple[int, ...]
 
@@ -55,7 +57,11 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What must be known beside the weights to rebuild a network and feed it."""
+    """What must be known beside the weights to rebuild a network and feed it.
+
+    `frozen_dtype` is empty for a network that can be trained, else the dtype that it is frozen in;
+    `save` fills it in.
+    """
 
     name: str
     in_channels: int
@@ -64,15 +70,17 @@ class ModelConfig:
     normalisation: Normalisation
     task: str = BINARY_SEGMENTATION
     training: Mapping[str, Any] = field(default_factory=dict)
+    frozen_dtype: str = ""
 
     def build(self) -> nn.Module:
         """Build the network that the configuration describes, with fresh weights."""
-        return create_model(
+        network = create_model(
             self.name,
             in_channels=self.in_channels,
             num_classes=self.num_classes,
             **self.arguments,
         )
+        return freeze(network, getattr(torch, self.frozen_dtype)) if self.frozen_dtype else network
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,8 @@ def save(directory: str | Path, network: nn.Module, config: ModelConfig) -> None
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    frozen = str(network.dtype)[len("torch.") :] if isinstance(network, FrozenResUNet) else ""
+    config = replace(config, frozen_dtype=frozen)
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     text = json.dumps({"library_version": __version__, **asdict(config)}, indent=2)
     write_atomically(directory / WEIGHTS_FILE, to_safetensors(state))
@@ -141,15 +151,27 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> SavedMode
     try:
         # On the meta device a configuration with absurd sizes costs no memory before it is refused.
         with torch.device("meta"):
-            expected = config.build().state_dict()
+            skeleton = config.build()
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory / CONFIG_FILE} does not describe a model: {_first_line(error)}"
         ) from error
-    _require_same_state(directory / WEIGHTS_FILE, state, expected)
+    _require_same_state(directory / WEIGHTS_FILE, state, skeleton.state_dict())
+    if isinstance(skeleton, FrozenResUNet):
+        return SavedModel(_filled(skeleton, state, device), config)
     network = config.build()
     network.load_state_dict(state)
     return SavedModel(network.to(device).eval(), config)
+
+
+def _filled(
+    network: FrozenResUNet, state: Mapping[str, Tensor], device: torch.device | str
+) -> FrozenResUNet:
+    try:
+        network.fill({key: value.to(device) for key, value in state.items()})
+    except ValueError as error:
+        raise CheckpointError(f"the model is frozen for another device: {error}") from error
+    return network
 
 
 def _first_line(error: Exception) -> str:
@@ -216,6 +238,7 @@ def _parse_config(path: Path) -> ModelConfig:
         normalisation=reader.normalisation("normalisation", "in_channels"),
         task=reader.text("task"),
         training=reader.table("training"),
+        frozen_dtype=reader.frozen_dtype("frozen_dtype"),
     )
     if config.task != BINARY_SEGMENTATION or config.num_classes != 1:
         raise CheckpointError(
@@ -243,6 +266,12 @@ class _Reader:
         if not isinstance(value, str):
             raise self.refuse(key, "a string")
         return value
+
+    def frozen_dtype(self, key: str) -> str:
+        value = self.document.get(key, "")  # directories written before it existed have none
+        if value not in FROZEN_DTYPES:
+            raise self.refuse(key, f"one of {list(FROZEN_DTYPES)}")
+        return str(value)
 
     def positive(self, key: str) -> int:
         value = self.document.get(key)

@@ -43,6 +43,12 @@ def refusals(block: DoubleConv | ResBlock | PreActResBlock) -> list[str]:
     """Say why a block's children must be called one by one (empty: they can be fused)."""
     reasons = ["a global module hook is registered"] if _has_any_global_hook() else []
     parts = block.parts()
+    return reasons + part_refusals(parts) + _repeated(parts)
+
+
+def part_refusals(parts: Parts) -> list[str]:
+    """Say which children are not what they are expected to be, one by one."""
+    reasons: list[str] = []
     for name, part, expected in parts:
         if type(part) is not expected:
             reasons.append(f"{name} is a {type(part).__name__}, not exactly a {expected.__name__}")
@@ -50,7 +56,7 @@ def refusals(block: DoubleConv | ResBlock | PreActResBlock) -> list[str]:
             reasons.append(f"{name} has hooks or a forward of its own")
         elif isinstance(part, nn.Conv2d) and not _zero_padded(part):
             reasons.append(f"{name} pads with {part.padding_mode}, {part.padding}")
-    return reasons + _repeated(parts)
+    return reasons
 
 
 def _repeated(parts: Parts) -> list[str]:

@@ -9,6 +9,7 @@ from .conv_bn_act import op as conv_bn_act
 from .conv_transpose2d import op as conv_transpose2d
 from .running_stats import op as running_stats
 from .upsample import op as upsample
+from .upsample_concat import op as upsample_concat
 
 __all__ = [
     "bn_act",
@@ -19,4 +20,5 @@ __all__ = [
     "conv_transpose2d",
     "running_stats",
     "upsample",
+    "upsample_concat",
 ]

@@ -1,4 +1,7 @@
-"""conv_bias_act by oneDNN's post-operations: the sum and the ReLU happen in the convolution."""
+"""conv_bias_act by oneDNN's post-operations: the sum and the ReLU happen in the convolution.
+
+The weight may be one that :func:`pack` has laid out for oneDNN, once: then `weight.is_mkldnn`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,11 @@ from ..conv2d.cpu import as_dtype
 from ..layout import dense, layout_of
 
 _DTYPES = (torch.float32, torch.bfloat16)
+
+# oneDNN lays the weight out for one image size. The layout for an ordinary size serves all others
+# (ONEDNN_VERBOSE=1 shows no reorder), but for images of up to 3x3 pixels with many channels, where
+# it lays the weight out anew at every call: slower, the same numbers.
+_PACKED_FOR = (64, 64)
 
 
 def refusals(*inputs: Any) -> list[str]:
@@ -30,6 +38,26 @@ def refusals(*inputs: Any) -> list[str]:
     if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ["oneDNN has no bfloat16 on this processor"]
     return []
+
+
+def pack(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor | None:
+    """Lay a weight out for oneDNN, or return None where :func:`refusals` has reasons.
+
+    The result is opaque: it has a shape and a dtype but neither strides nor a storage.
+    """
+    if refusals(weight, weight, None, None):
+        return None
+    size = (1, weight.shape[1] * groups, *_PACKED_FOR)
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, size
+    )
+    return packed
 
 
 def forward(

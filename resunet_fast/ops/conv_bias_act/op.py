@@ -11,7 +11,7 @@ from ...registry import Implementation, Operator
 from ..backends import deferred
 from ..conv2d import gpu
 from ..conv2d import op as conv2d
-from . import cpu, reference
+from . import cpu, cudnn, reference
 
 
 def _fake(
@@ -55,6 +55,7 @@ CONV_BIAS_ACT.add(
         deferred("resunet_fast.ops.conv_bias_act.triton_kernel", "forward"),
         *gpu.triton(gpu.conv_bias_act),
     ),
+    Implementation("cudnn", cudnn.forward, cudnn.refusals),
     Implementation("cpu", cpu.forward, cpu.refusals),
     Implementation("reference", reference.forward),
 )

@@ -20,6 +20,8 @@ def forward(
     groups: int,
 ) -> Tensor:
     """Compute z."""
+    if weight.is_mkldnn:
+        weight = weight.to_dense()
     shift = None if bias is None else bias.to(input.dtype)
     z = F.conv2d(input, weight.to(input.dtype), shift, stride, padding, dilation, groups)
     if residual is not None:

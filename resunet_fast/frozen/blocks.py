@@ -1,0 +1,73 @@
+"""The networks' blocks, frozen, and how they are strung together.
+
+Which batch norm can be folded: the one that follows a convolution whose result nobody else reads.
+In post-activation blocks that is every one. In pre-activation blocks it is the second; the first
+one reads the block's input, which the shortcut, the skip connection or the pooling reads as well,
+or which is a concatenation: it stays a pass of its own, together with its ReLU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules.fused import UPSAMPLE
+from ..ops.layout import dense, layout_of
+from ..ops.upsample_concat.op import UPSAMPLE_CONCAT
+from ..registry import forced_backend
+from .layers import FrozenConv, FrozenNorm
+from .sealed import Sealed
+
+
+class FrozenBlock(Sealed):
+    """conv2(conv1([norm(x)])) [+ x | + shortcut(x)]: every block of every network.
+
+    Args:
+        norm: the batch norm and ReLU in front of a pre-activation block, or None.
+        conv1, conv2: with everything that follows them folded in.
+        shortcut: the projection, or None.
+        identity: x itself is added.
+    """
+
+    def __init__(
+        self,
+        norm: FrozenNorm | None,
+        conv1: FrozenConv,
+        conv2: FrozenConv,
+        shortcut: FrozenConv | None = None,
+        *,
+        identity: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.conv1 = conv1
+        self.conv2 = conv2
+        self.shortcut = shortcut
+        self.identity = identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, K, H', W']."""
+        residual = x if self.identity else None
+        if self.shortcut is not None:
+            residual = self.shortcut(x)
+        y = self.conv1(x if self.norm is None else self.norm(x))
+        z: Tensor = self.conv2(y, residual)
+        return z
+
+
+def down(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run an encoder block and pool its result; (skip, pooled)."""
+    # ATen's pooling: a hundredth of the convolutions beside it (measured, channels_last).
+    skip = block(x)
+    return skip, F.max_pool2d(skip, 2)
+
+
+def up(block: nn.Module, low: Tensor, skip: Tensor, mode: str) -> Tensor:
+    """Run a decoder block on the upsampled features and the skip."""
+    if mode == "none":
+        x = dense(torch.cat([low, skip], 1), layout_of(skip))
+    else:
+        x = UPSAMPLE_CONCAT(low, skip, UPSAMPLE[mode], forced_backend())
+    result: Tensor = block(x)
+    return result

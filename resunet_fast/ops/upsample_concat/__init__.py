@@ -1,0 +1,1 @@
+"""Upsampling into the buffer where the skip connection follows along the channels."""
