@@ -27,15 +27,6 @@ def cpu_refusals(*inputs: Any) -> list[str]:
     return reasons
 
 
-def cudnn_unavailable() -> list[str]:
-    """Why no cuDNN operator can run on this machine (empty: they can)."""
-    if not torch.cuda.is_available():
-        return ["cuDNN needs an NVIDIA GPU that torch can use"]
-    if not torch.backends.cudnn.is_available():
-        return ["this torch was built without cuDNN"]
-    return []
-
-
 def triton_unavailable() -> list[str]:
     """Why no Triton kernel can run on this machine (empty: they can)."""
     if not environment.triton_installed():
@@ -66,7 +57,7 @@ def triton_declines(*_: Any) -> list[str]:
 def cudnn_unavailable() -> list[str]:
     """Why cuDNN cannot run on this machine (empty: it can)."""
     if not torch.cuda.is_available():
-        return ["cuDNN needs an NVIDIA GPU"]
+        return ["cuDNN needs an NVIDIA GPU that torch can use"]
     if not torch.backends.cudnn.is_available():
         return ["this torch was built without cuDNN"]
     return [] if torch.backends.cudnn.enabled else ["torch.backends.cudnn.enabled is False"]
