@@ -121,7 +121,8 @@ def convolve(
     partial = None
     if epilogue.statistics:
         dtype = accumulator(x.dtype)
-        partial = x.new_empty((y.shape[0] * tiles[0] * tiles[1], 3, y.shape[1]), dtype=dtype)
+        partials = y.shape[0] * tiles[0] * tiles[1] * (2 if config.family == "tma" else 1)
+        partial = x.new_empty((partials, 3, y.shape[1]), dtype=dtype)
     with torch.cuda.device_of(x):
         if config.family == "tma":
             pooled = _launch_boxes(operands, geometry, epilogue, config, tiles, partial)
@@ -183,9 +184,9 @@ def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
     dtype = operands.x.dtype
     interpreted = environment.triton_interpreted()
     return {
-        "SCALE": epilogue.scale is not None,
-        "SHIFT": epilogue.shift is not None,
-        "RESIDUAL": operands.residual is not None,
+        "HAS_SCALE": epilogue.scale is not None,
+        "HAS_SHIFT": epilogue.shift is not None,
+        "HAS_RESIDUAL": operands.residual is not None,
         "RELU": epilogue.relu,
         "STATISTICS": epilogue.statistics,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,

@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """conv_bn_act in Triton: the convolution's epilogue does what batch norm needs of its sums.
 
 With batch statistics the epilogue sums them, which saves batch norm its first reading of y, and one
@@ -36,10 +35,10 @@ def bn_scale_shift_kernel(
     p_scale,  # [K]
     p_shift,  # [K]
     K,
-    EPS: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    CONV_BIAS: tl.constexpr,
+    eps: tl.float64,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """scale = weight / sqrt(var + eps), shift = bias + (conv_bias - mean) * scale, in float64."""
@@ -47,13 +46,13 @@ def bn_scale_shift_kernel(
     m_k = o_k < K
     b_var = tl.load(p_var + o_k, mask=m_k, other=1.0).to(tl.float64)
     b_offset = -tl.load(p_mean + o_k, mask=m_k, other=0.0).to(tl.float64)
-    b_scale = 1.0 / tl.sqrt(b_var + EPS)
-    if WEIGHT:
+    b_scale = 1.0 / tl.sqrt(b_var + eps)
+    if HAS_WEIGHT:
         b_scale *= tl.load(p_weight + o_k, mask=m_k, other=0.0).to(tl.float64)
-    if CONV_BIAS:
+    if HAS_CONV_BIAS:
         b_offset += tl.load(p_conv_bias + o_k, mask=m_k, other=0.0).to(tl.float64)
     b_shift = b_offset * b_scale
-    if BIAS:
+    if HAS_BIAS:
         b_shift += tl.load(p_bias + o_k, mask=m_k, other=0.0).to(tl.float64)
     tl.store(p_scale + o_k, b_scale.to(p_scale.dtype.element_ty), mask=m_k)
     tl.store(p_shift + o_k, b_shift.to(p_shift.dtype.element_ty), mask=m_k)
@@ -114,10 +113,10 @@ def scale_shift(a: BnActArguments, conv_bias: Tensor | None) -> tuple[Tensor, Te
             scale,
             shift,
             k,
-            EPS=a.eps,
-            WEIGHT=a.weight is not None,
-            BIAS=a.bias is not None,
-            CONV_BIAS=conv_bias is not None,
+            a.eps,
+            HAS_WEIGHT=a.weight is not None,
+            HAS_BIAS=a.bias is not None,
+            HAS_CONV_BIAS=conv_bias is not None,
             BLOCK_K=_BLOCK_K,
         )
     return scale, shift
