@@ -14,8 +14,6 @@ from .triton_blocks import (
     affine,
     cell,
     normalise,
-    offsets,
-    pooled_offsets,
     program,
     replaces,
     window,
@@ -43,16 +41,12 @@ def routed(
     b_winner = tl.zeros((b_p.shape[0], b_c.shape[0]), tl.int32)
     b_best = tl.full((b_p.shape[0], b_c.shape[0]), float("-inf"), ACC)
     for K in tl.static_range(4):
-        b_pixel, m_p = cell(b_p, positions, H, W, K, True)
-        m = m_p[:, None] & m_c[None, :]
-        o = offsets(i_run, b_pixel, b_c, C, pixels, UNIT, CHANNELS_LAST)
+        o, m = cell(i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, True, UNIT, CHANNELS_LAST)
         b_z = tl.load(p_z + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
         m_wins = replaces(b_z, b_best)
         b_best = tl.where(m_wins, b_z, b_best)
         b_winner = tl.where(m_wins, K, b_winner)
-    b_pixel, m_p = window(b_p, positions, H, W)
-    m = m_p[:, None] & m_c[None, :]
-    o = pooled_offsets(i_run, b_pixel, b_c, C, H, W, UNIT, CHANNELS_LAST)
+    o, m = window(i_run, b_p, b_c, m_c, C, positions, H, W, UNIT, CHANNELS_LAST)
     return b_winner, tl.load(p_grad_pooled + o, mask=m, other=0.0).to(ACC)
 
 
@@ -119,9 +113,9 @@ def bn_act_sums_bwd_kernel(
                 UNIT, CHANNELS_LAST, ACC,
             )  # fmt: skip
         for K in tl.static_range(4 if POOL else 1):
-            b_pixel, m_p = cell(b_p, positions, H, W, K, POOL)
-            m = m_p[:, None] & m_c[None, :]
-            o = offsets(i_run, b_pixel, b_c, C, pixels, UNIT, CHANNELS_LAST)
+            o, m = cell(
+                i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, UNIT, CHANNELS_LAST
+            )
             b_g = tl.zeros((BLOCK_P, BLOCK_C), ACC)
             if HAS_GRAD:
                 b_g = tl.load(p_grad + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
@@ -294,9 +288,9 @@ def bn_act_bwd_kernel(
                 UNIT, CHANNELS_LAST, ACC,
             )  # fmt: skip
         for K in tl.static_range(4 if POOL else 1):
-            b_pixel, m_p = cell(b_p, positions, H, W, K, POOL)
-            m = m_p[:, None] & m_c[None, :]
-            o = offsets(i_run, b_pixel, b_c, C, pixels, UNIT, CHANNELS_LAST)
+            o, m = cell(
+                i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, UNIT, CHANNELS_LAST
+            )
             b_g = tl.zeros((BLOCK_P, BLOCK_C), ACC)
             if HAS_GRAD:
                 b_g = tl.load(p_grad + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]

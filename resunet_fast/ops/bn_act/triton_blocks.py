@@ -30,25 +30,45 @@ def program(C, spans, steps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def cell(b_p, positions, H, W, K: tl.constexpr, POOL: tl.constexpr):
-    """Pixel in its run of cell K of every position, and whether it exists: [BLOCK_P] each."""
+def cell(
+    i_run,
+    b_p,
+    b_c,
+    m_c,
+    C,
+    pixels,
+    positions,
+    H,
+    W,
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Offsets of cell K of every position, and which exist: [BLOCK_P, BLOCK_C] each."""
+    m_p = b_p < positions
     if POOL:
         columns = (W + 1) // 2
         b_row = b_p.to(tl.int32) // columns * 2 + K // 2
         b_column = b_p.to(tl.int32) % columns * 2 + K % 2
-        m_p = (b_p < positions) & (b_row < H) & (b_column < W)
-        return b_row.to(tl.int64) * W + b_column, m_p
-    return b_p, b_p < positions
+        m_p &= (b_row < H) & (b_column < W)
+        b_p = b_row.to(tl.int64) * W + b_column
+    return offsets(i_run, b_p, b_c, C, pixels, UNIT, CHANNELS_LAST), m_p[:, None] & m_c[None, :]
 
 
 @triton.jit
-def window(b_p, positions, H, W):
-    """Pixel of every window in the pooled image, and whether all its cells exist: [BLOCK_P]."""
+def window(
+    i_run, b_p, b_c, m_c, C, positions, H, W, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Offsets of every window in the pooled image, and which have all their cells."""
     columns = (W + 1) // 2
     b_row = b_p.to(tl.int32) // columns
     b_column = b_p.to(tl.int32) % columns
     m_p = (b_p < positions) & (b_row < H // 2) & (b_column < W // 2)
-    return b_row.to(tl.int64) * (W // 2) + b_column, m_p
+    b_pixel = b_row.to(tl.int64) * (W // 2) + b_column
+    unit: tl.constexpr = UNIT if CHANNELS_LAST else 1  # UNIT need not divide a pooled plane
+    o = offsets(i_run, b_pixel, b_c, C, (H // 2) * (W // 2), unit, CHANNELS_LAST)
+    return o, m_p[:, None] & m_c[None, :]
 
 
 @triton.jit
@@ -60,13 +80,6 @@ def offsets(i_run, b_pixel, b_c, C, pixels, UNIT: tl.constexpr, CHANNELS_LAST: t
         return (i_run * pixels + b_pixel)[:, None] * c + b_c[None, :]
     p = pixels // UNIT * UNIT
     return (i_run * C + b_c)[None, :] * p + b_pixel[:, None]
-
-
-@triton.jit
-def pooled_offsets(i_run, b_pixel, b_c, C, H, W, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Offsets [BLOCK_P, BLOCK_C] in the pooled image, whose planes UNIT need not divide."""
-    unit: tl.constexpr = UNIT if CHANNELS_LAST else 1
-    return offsets(i_run, b_pixel, b_c, C, (H // 2) * (W // 2), unit, CHANNELS_LAST)
 
 
 @triton.jit

@@ -12,7 +12,6 @@ from .triton_blocks import (
     cell,
     normalise,
     offsets,
-    pooled_offsets,
     program,
     replaces,
     window,
@@ -156,9 +155,9 @@ def bn_act_fwd_kernel(
         b_p = first + step * BLOCK_P + tl.arange(0, BLOCK_P)
         b_best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), ACC)
         for K in tl.static_range(4 if POOL else 1):
-            b_pixel, m_p = cell(b_p, positions, H, W, K, POOL)
-            m = m_p[:, None] & m_c[None, :]
-            o = offsets(i_run, b_pixel, b_c, C, pixels, UNIT, CHANNELS_LAST)
+            o, m = cell(
+                i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, UNIT, CHANNELS_LAST
+            )
             b_x = tl.load(p_x + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             b_v = normalise(b_x, b_mean, b_scale, b_bias)
             if RESIDUAL != NO_RESIDUAL:
@@ -174,7 +173,5 @@ def bn_act_fwd_kernel(
                 b_cell = b_z.to(ACC)  # as stored
                 b_best = tl.where(replaces(b_cell, b_best), b_cell, b_best)
         if POOL:
-            b_pixel, m_p = window(b_p, positions, H, W)
-            o = pooled_offsets(i_run, b_pixel, b_c, C, H, W, UNIT, CHANNELS_LAST)
-            m = m_p[:, None] & m_c[None, :]
+            o, m = window(i_run, b_p, b_c, m_c, C, positions, H, W, UNIT, CHANNELS_LAST)
             tl.store(p_pooled + o, b_best.to(p_pooled.dtype.element_ty), mask=m)

@@ -13,6 +13,7 @@ from ..layout import accumulator, dense, empty, layout_of
 from . import triton_backward as bwd
 from . import triton_blocks as device
 from . import triton_forward as fwd
+from .triton_builds import builds as builds
 from .triton_tiling import (
     REDUCTION,
     SWEEP,
@@ -159,7 +160,7 @@ def forward(
             **_blocks(x, extent, tiles),
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
-            RESIDUAL=kind,
+            RESIDUAL=kind.value,
             HAS_RWEIGHT=residual_weight is not None,
             HAS_RBIAS=residual_bias is not None,
             RELU=relu,
@@ -257,7 +258,7 @@ class _Backward:
         return {
             "HAS_GRAD": self.grad is not None,
             "POOL": self.pooled is not None,
-            "MASK": mask,
+            "MASK": mask.value,
             "HAS_WEIGHT": self.main[2] is not None,
             "HAS_BIAS": self.main[3] is not None,
             "NORMALISED": self.normalised,

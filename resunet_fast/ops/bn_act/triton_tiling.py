@@ -39,7 +39,7 @@ class Blocks:
 REDUCTION = Blocks()
 SWEEP = Blocks(programs=4096, steps=8)
 # Four cells per position: the same registers, 16 bytes per thread and cell in 16-bit dtypes.
-WINDOW_REDUCTION = Blocks(elements=1024)
+WINDOW_REDUCTION = Blocks(elements=512, programs=768, num_warps=2)
 WINDOW_SWEEP = Blocks(elements=1024, programs=4096, steps=4)
 
 
@@ -105,7 +105,7 @@ class Tiling:
 def tiling(extent: Extent, blocks: Blocks) -> Tiling:
     """Cut `extent` into programs."""
     if extent.channels_last:
-        block_c = _channel_block(extent.channels, blocks.channels)
+        block_c = channel_block(extent.channels, blocks.channels)
         block_p = min(power_of_two(extent.positions), max(blocks.elements // block_c, 1))
     else:
         block_p = min(power_of_two(extent.positions), blocks.elements)
@@ -119,7 +119,7 @@ def tiling(extent: Extent, blocks: Blocks) -> Tiling:
     return Tiling(block_p, block_c, steps, spans, tiles, tiles * along_channels, blocks.num_warps)
 
 
-def _channel_block(channels: int, most: int) -> int:
+def channel_block(channels: int, most: int) -> int:
     """The power of two up to `most` that wastes the fewest channels, the largest of equals."""
     if channels <= most // 4:
         return power_of_two(channels)

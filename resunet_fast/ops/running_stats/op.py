@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import cpu_refusals, deferred, triton_declines, triton_refusals
 from . import cpu, reference
 
 
@@ -20,7 +20,9 @@ UPDATE_RUNNING_STATS = Operator(
     " str backend='') -> ()",
     fake=_fake,
 )
+_TRITON = "resunet_fast.ops.running_stats.triton_kernel"
 UPDATE_RUNNING_STATS.add(
+    Implementation("triton", deferred(_TRITON, "update"), triton_refusals, triton_declines),
     Implementation("cpu", cpu.update, cpu_refusals),
     Implementation("reference", reference.update),
 )

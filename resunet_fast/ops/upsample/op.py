@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import cpu_refusals, deferred, triton_declines, triton_refusals
 from ..layout import empty, layout_of
 from . import cpu, reference
 
@@ -54,11 +54,14 @@ UPSAMPLE_BACKWARD = Operator(
     setup_context=_setup_backward_context,
     backward=_double_backward,
 )
+_TRITON = "resunet_fast.ops.upsample.triton_kernel"
 UPSAMPLE.add(
+    Implementation("triton", deferred(_TRITON, "forward"), triton_refusals, triton_declines),
     Implementation("cpu", cpu.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )
 UPSAMPLE_BACKWARD.add(
+    Implementation("triton", deferred(_TRITON, "backward"), triton_refusals, triton_declines),
     Implementation("cpu", cpu.backward, cpu_refusals),
     Implementation("reference", reference.backward),
 )

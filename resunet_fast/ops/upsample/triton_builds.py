@@ -1,0 +1,52 @@
+"""The upsampling kernels that are compiled ahead of time: a decoder's, doubling, beside a skip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from ..bn_act.triton_builds import DTYPES, launch
+from ..triton_build import Build
+from . import triton_device as device
+from .reference import MODES
+
+CHANNELS, SIZE = 64, 256
+
+
+def builds() -> list[Build]:
+    """Every mode in bfloat16, the others in the default mode."""
+    bilinear = [(dtype, last, "bilinear") for dtype in DTYPES for last in (True, False)]
+    others = [("bf16", True, mode) for mode in MODES if mode != "bilinear"]
+    return [make(*kind) for kind in (*bilinear, *others) for make in (_forward, _backward)]
+
+
+def _blocks(last: bool, mode: str) -> dict[str, Any]:
+    block_p, block_c = (32, 64) if last else (2048, 1)
+    blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c, "UNIT": 16 if last else 1}
+    return {**blocks, "CHANNELS_LAST": last, "MODE": MODES.index(mode), "ACC": tl.float32}
+
+
+def _sizes() -> dict[str, int]:
+    return {"C": CHANNELS, "H": SIZE, "W": SIZE, "OH": 2 * SIZE, "OW": 2 * SIZE}
+
+
+def _name(kernel: str, dtype: str, last: bool, mode: str) -> str:
+    return f"upsample_{kernel}-{mode}-{dtype}-{'nhwc' if last else 'nchw'}"
+
+
+def _forward(dtype: str, last: bool, mode: str) -> Build:
+    images = dict.fromkeys(("p_x", "p_skip", "p_y"), f"*{dtype}")
+    operands: dict[str, Any] = {**images, "S": CHANNELS, **_sizes()}
+    constants = {**_blocks(last, mode), "HAS_SKIP": True}
+    name = _name("fwd", dtype, last, mode)
+    return launch(name, device.upsample_fwd_kernel, operands, constants, vector=last)
+
+
+def _backward(dtype: str, last: bool, mode: str) -> Build:
+    images = dict.fromkeys(("p_dy", "p_dx"), f"*{dtype}")
+    operands: dict[str, Any] = {**images, "channels": 2 * CHANNELS, **_sizes()}
+    readers = {"nearest": 2, "bilinear": 4, "bilinear_align_corners": 5}[mode]
+    constants = {**_blocks(last, mode), "ROWS": readers, "COLUMNS": readers}
+    name = _name("bwd", dtype, last, mode)
+    return launch(name, device.upsample_bwd_kernel, operands, constants, vector=last)

@@ -1,0 +1,171 @@
+"""Upsampling by Triton, with a skip in the same pass; the backward is a gather, deterministic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..bn_act.triton_kernel import accumulates_in
+from ..bn_act.triton_tiling import channel_block, power_of_two
+from ..layout import dense, empty, layout_of
+from . import triton_device as device
+from .reference import MODES
+from .triton_builds import builds as builds
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a program holds.
+
+    Args:
+        elements: of a block, pixels times channels.
+        channels: most channels of a block in channels_last.
+        num_warps: of a program.
+    """
+
+    elements: int = 2048
+    channels: int = 128
+    num_warps: int = 4
+
+
+FORWARD = Blocks()
+BACKWARD = Blocks()
+
+
+def block_of(blocks: Blocks, channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
+    """Pixels and channels of a block of an image, powers of two."""
+    if channels_last:
+        block_c = channel_block(channels, blocks.channels)
+        return min(power_of_two(pixels), max(blocks.elements // block_c, 1)), block_c
+    block_p = min(power_of_two(pixels), blocks.elements)
+    return block_p, min(power_of_two(channels), max(blocks.elements // block_p, 1))
+
+
+def forward(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Compute as the reference does."""
+    return concatenate(input, None, size, mode)
+
+
+def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: str) -> Tensor:
+    """Resize `input` and put `skip` behind it along the channels, in one pass.
+
+    Args:
+        input: [N, C, H, W].
+        skip: [N, S, H', W'], same dtype, or None.
+        size: (H', W').
+        mode: one of MODES.
+
+    Returns:
+        [N, C + S, H', W'] in the layout of `input`.
+    """
+    layout = layout_of(input)
+    x, behind = dense(input, layout), None if skip is None else dense(skip, layout)
+    n, c, h, w = x.shape
+    s = 0 if behind is None else behind.shape[1]
+    output = empty(x, (n, c + s, *size), layout)
+    if output.numel() == 0:
+        return output
+    last = layout == torch.channels_last
+    pixels = size[0] * size[1]
+    block_p, block_c = block_of(FORWARD, c, pixels, last)
+    blocks = triton.cdiv(c, block_c) + triton.cdiv(s, block_c)
+    with torch.cuda.device_of(x):
+        # One program: a block of an image's output pixels, a block of one source's channels.
+        device.upsample_fwd_kernel[(n * triton.cdiv(pixels, block_p) * blocks,)](
+            x,
+            behind,
+            output,
+            c,
+            s,
+            h,
+            w,
+            *size,
+            BLOCK_P=block_p,
+            BLOCK_C=block_c,
+            UNIT=math.gcd(c, s, 16) if last else 1,
+            CHANNELS_LAST=last,
+            MODE=MODES.index(mode),
+            HAS_SKIP=behind is not None,
+            ACC=accumulates_in(x),
+            num_warps=FORWARD.num_warps,
+        )
+    return output
+
+
+def backward(grad_output: Tensor, input_size: Sequence[int], mode: str) -> Tensor:
+    """Compute as the reference does."""
+    layout = layout_of(grad_output)
+    shape = (*grad_output.shape[:2], *input_size)
+    return _gather(dense(grad_output, layout), shape, mode, layout)
+
+
+def separate(grad: Tensor, input_shape: Sequence[int], mode: str) -> tuple[Tensor, Tensor]:
+    """Undo :func:`concatenate` for gradients: those of `input` and of `skip`.
+
+    Args:
+        grad: [N, C + S, H', W'].
+        input_shape: (N, C, H, W).
+        mode: one of MODES.
+
+    Returns:
+        [N, C, H, W] and [N, S, H', W'] in the layout of `grad`.
+    """
+    layout = layout_of(grad)
+    behind = grad[:, input_shape[1] :]
+    grad_skip = empty(grad, behind.shape, layout).copy_(behind)
+    return _gather(dense(grad, layout), input_shape, mode, layout), grad_skip
+
+
+def _gather(dy: Tensor, shape: Sequence[int], mode: str, layout: torch.memory_format) -> Tensor:
+    """Gradient of an input of this shape from the first of dy's channels."""
+    dx = empty(dy, shape, layout)
+    if dx.numel() == 0:
+        return dx
+    n, c, h, w = shape
+    channels, height, width = dy.shape[1:]
+    last = layout == torch.channels_last
+    block_p, block_c = block_of(BACKWARD, c, h * w, last)
+    with torch.cuda.device_of(dy):
+        # One program: a block of an image's input pixels, a block of channels.
+        device.upsample_bwd_kernel[(n * triton.cdiv(h * w, block_p) * triton.cdiv(c, block_c),)](
+            dy,
+            dx,
+            c,
+            channels,
+            h,
+            w,
+            height,
+            width,
+            BLOCK_P=block_p,
+            BLOCK_C=block_c,
+            UNIT=math.gcd(c, channels, 16) if last else 1,
+            CHANNELS_LAST=last,
+            MODE=MODES.index(mode),
+            ROWS=readers(h, height, mode),
+            COLUMNS=readers(w, width, mode),
+            ACC=accumulates_in(dy),
+            num_warps=BACKWARD.num_warps,
+        )
+    return dx
+
+
+def readers(size: int, target: int, mode: str) -> int:
+    """Most outputs that read one input along an axis of `size` inputs and `target` outputs.
+
+    Those whose source coordinate is within one pixel of it, or that have it as the nearest. Where
+    the ratio is no power of two, rounding of the coordinates may add one.
+    """
+    if mode == "nearest":
+        reach = -(-target // size)
+    elif mode == "bilinear":
+        reach = -(-2 * target // size)
+    else:
+        reach = -(-2 * (target - 1) // (size - 1)) if size > 1 else target
+    ratio = target // size
+    exact = mode != "bilinear_align_corners" and target == size * ratio and ratio & (ratio - 1) == 0
+    return min(reach if exact else reach + 1, target)
