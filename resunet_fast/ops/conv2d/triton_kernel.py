@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..backends import computed_by
 from ..layout import dense, layout_of
+from ..triton_build import Build
 from ..upsample.op import UPSAMPLE, UPSAMPLE_BACKWARD
+from . import triton_builds, triton_wgrad
 from .op import ConvArguments, output_layout
 from .triton_launch import Epilogue, Geometry, Result, convolve, pack
 from .triton_wgrad import bias_gradient, weight_gradient
@@ -126,3 +128,8 @@ def data_gradient(
     turned = pack(weight, grad_output.dtype, transpose=True)
     arguments = (grad_output, None, turned, gather, size, layout)
     return convolve("conv2d_backward", *arguments, Epilogue()).output
+
+
+def builds() -> list[Build]:
+    """What is compiled ahead of time of all three passes."""
+    return [*triton_builds.builds(), *triton_wgrad.builds()]

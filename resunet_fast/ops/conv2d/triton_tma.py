@@ -18,7 +18,7 @@ from .triton_epilogue import affine, multiply, relu, store_partial
 def _accumulate(
     b_acc,
     d_x,  # [N, H, W, C], boxes [1, BLOCK_H, BLOCK_W, BLOCK_C]
-    d_w,  # [K, 9, all channels], boxes [BLOCK_K, 1, BLOCK_C]
+    d_w,  # [9, K, all channels], boxes [1, BLOCK_K, BLOCK_C]
     i_n,
     o_h,
     o_w,
@@ -40,7 +40,7 @@ def _accumulate(
         tap = i // steps
         o_c = (i % steps) * BLOCK_C
         b_x = d_x.load([i_n, o_h + tap // 3 - 1, o_w + tap % 3 - 1, o_c])
-        b_w = d_w.load([o_k, 8 - tap if FLIP else tap, FIRST + o_c])
+        b_w = d_w.load([8 - tap if FLIP else tap, o_k, FIRST + o_c])
         b_x = b_x.reshape(BLOCK_H * BLOCK_W, BLOCK_C)
         b_acc = multiply(b_w.reshape(BLOCK_K, BLOCK_C), b_x, b_acc, UPCAST, PRECISION)
     return b_acc
@@ -90,7 +90,7 @@ def _store_halves(
 def conv2d_fwd_tma_kernel(
     d_x,  # [N, H, W, C_X]
     d_skip,  # [N, H, W, C_SKIP], or None
-    d_w,  # [K, 9, C_X + C_SKIP]
+    d_w,  # [9, K, C_X + C_SKIP]
     d_residual,  # [N, H, W, K], or None
     p_scale,  # [K], or None
     p_shift,  # [K], or None

@@ -19,8 +19,10 @@ from ..backends import computed_by
 from ..bn_act.op import BN_ACT, BnActArguments
 from ..conv2d import triton_kernel as conv2d
 from ..conv2d.op import ConvArguments
+from ..conv2d.triton_builds import box_build, pointer_build
 from ..conv2d.triton_launch import Epilogue
 from ..layout import accumulator
+from ..triton_build import Build, signature_of
 
 _BLOCK_K = 128
 
@@ -120,3 +122,29 @@ def scale_shift(a: BnActArguments, conv_bias: Tensor | None) -> tuple[Tensor, Te
             BLOCK_K=_BLOCK_K,
         )
     return scale, shift
+
+
+def builds() -> list[Build]:
+    """Training's statistics, evaluation's affine map with all that may follow it."""
+    evaluated = ("HAS_SCALE", "HAS_SHIFT", "RELU", "POOL")
+    flags = {"HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_CONV_BIAS": True, "BLOCK_K": _BLOCK_K}
+    names = ("mean", "var", "weight", "bias", "conv_bias", "scale", "shift")
+    pointers = {f"p_{name}": "*fp32" for name in names}
+    given = {**pointers, "eps": "fp64"}
+    return [
+        box_build("training", "bf16", 64, 64, "STATISTICS"),
+        box_build("training", "bf16", 128, 128, "STATISTICS"),
+        box_build("training", "fp16", 128, 128, "STATISTICS"),
+        box_build("training-two-sources", "bf16", 128, 64, "STATISTICS", skip=64),
+        box_build("evaluation", "bf16", 64, 64, *evaluated),
+        box_build("evaluation-residual", "bf16", 128, 128, *evaluated, "HAS_RESIDUAL"),
+        pointer_build("training-first-layer", "bf16", 3, 64, "STATISTICS"),
+        pointer_build("training-stride2", "bf16", 64, 128, "STATISTICS", stride=2),
+        Build(
+            "bn_scale_shift-fp32",
+            bn_scale_shift_kernel,
+            signature_of(bn_scale_shift_kernel, given, flags),
+            flags,
+            aligned=(*pointers, "K"),
+        ),
+    ]
