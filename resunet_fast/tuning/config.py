@@ -88,7 +88,8 @@ def _pointers(problem: ConvProblem) -> ConvConfig:
     filters = _power_of_two(problem.filters, 16, 128)
     pixels = _power_of_two(problem.height * problem.width, 16, 128)
     channels = _power_of_two(problem.channels, 16 if problem.channels >= 16 else 32, 32)
-    warps = 8 if filters == 128 and pixels == 128 else 4
+    # Taps gathered together need an address for every element.
+    warps = 8 if (filters == 128 and pixels == 128) or problem.channels < channels else 4
     return ConvConfig("pointer", filters, 1, pixels, channels, warps, stages=3)
 
 

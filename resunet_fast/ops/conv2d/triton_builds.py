@@ -145,7 +145,9 @@ def pointer_build(
         constants,
         config,
         aligned=("H", "W", "OH", "OW", "K", *strides),
-        demands=frozenset({"matrix_instruction"}),
+        demands=frozenset(
+            {"matrix_instruction", *(["vector_16_bytes"] if whole and channels_last else [])}
+        ),
     )
 
 

@@ -76,12 +76,12 @@ def bn_stats_merge_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Merge BLOCK_T tiles into one, in a fixed order."""
-    i_group = tl.program_id(0)
+    i_group = tl.program_id(0).to(tl.int64)
     o_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_t = i_group * BLOCK_T + tl.arange(0, BLOCK_T)
     m_k = o_k < K
     m = (o_t < tiles)[:, None] & m_k[None, :]
-    p_tile = p_partial + o_t.to(tl.int64)[:, None] * (3 * K) + o_k[None, :]
+    p_tile = p_partial + o_t[:, None] * (3 * K) + o_k[None, :]
     b_n = tl.load(p_tile, mask=m, other=0.0).to(tl.float64)  # [BLOCK_T, BLOCK_K]
     b_mean = tl.load(p_tile + K, mask=m, other=0.0).to(tl.float64)
     b_square = tl.load(p_tile + 2 * K, mask=m, other=0.0).to(tl.float64)
@@ -94,7 +94,7 @@ def bn_stats_merge_kernel(
         tl.store(p_merged + o_k, b_merged.to(element), mask=m_k)
         tl.store(p_var + o_k, (b_total / b_count).to(element), mask=m_k)
     else:
-        p_group = p_merged + i_group.to(tl.int64) * (3 * K) + o_k
+        p_group = p_merged + i_group * (3 * K) + o_k
         tl.store(p_group, b_count.to(element), mask=m_k)
         tl.store(p_group + K, b_merged.to(element), mask=m_k)
         tl.store(p_group + 2 * K, b_total.to(element), mask=m_k)
