@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Device functions that the convolution kernels share: one k-step, and what follows the last.
 
 An accumulator is [BLOCK_K, BLOCK_P], filters by pixels: with the weight as the first operand the
@@ -23,12 +22,12 @@ def multiply(b_w, b_x, b_acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def affine(b_acc, p_scale, p_shift, o_k, m_k, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+def affine(b_acc, p_scale, p_shift, o_k, m_k, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr):
     """Scale and shift every filter."""
-    if SCALE:
+    if HAS_SCALE:
         b_scale = tl.load(p_scale + o_k, mask=m_k, other=0.0).to(b_acc.dtype)
         b_acc = b_acc * b_scale[:, None]
-    if SHIFT:
+    if HAS_SHIFT:
         b_shift = tl.load(p_shift + o_k, mask=m_k, other=0.0).to(b_acc.dtype)
         b_acc = b_acc + b_shift[:, None]
     return b_acc
@@ -41,19 +40,28 @@ def relu(b_v):
 
 
 @triton.jit
-def store_partial(p_partial, i_tile, K, o_k, m_k, b_stored, m_p):
-    """Write the count, mean and sum of squared deviations of a tile, of the values as stored.
+def moments(b_stored, m_p, ACC: tl.constexpr):
+    """Count, mean and sum of squared deviations of the pixels in `m_p`, [BLOCK_K] but the count."""
+    b_v = b_stored.to(ACC)  # [BLOCK_K, pixels]
+    n = tl.sum(m_p.to(ACC), 0)
+    n_1 = tl.maximum(n, 1.0)  # all may lie outside the image
+    # The mean over pixels outside as well is near enough for a shift. One that is not finite would
+    # turn infinite sums into NaN.
+    b_shift = tl.sum(b_v, 1) / b_v.shape[1]
+    b_shift = tl.where(tl.abs(b_shift) < float("inf"), b_shift, 0.0)
+    b_delta = tl.where(m_p[None, :], b_v - b_shift[:, None], 0.0)
+    b_sum = tl.sum(b_delta, 1)
+    b_squares = tl.sum(b_delta * b_delta, 1) - b_sum * (b_sum / n_1)
+    return n, b_shift + b_sum / n_1, tl.where(b_squares < 0, 0.0, b_squares)
 
-    `p_partial` is [tiles, 3, K]; `m_p` tells the pixels inside the image.
-    """
-    b_v = b_stored.to(p_partial.dtype.element_ty)
-    n_p = tl.sum(m_p.to(p_partial.dtype.element_ty), 0)
-    b_mean = tl.sum(tl.where(m_p[None, :], b_v, 0.0), 1) / n_p  # [BLOCK_K]
-    b_delta = tl.where(m_p[None, :], b_v - b_mean[:, None], 0.0)
+
+@triton.jit
+def store_partial(p_partial, i_tile, n, b_mean, b_squares, K, o_k, m_k):
+    """Write a tile's moments into [tiles, 3, K]."""
     p_tile = p_partial + i_tile.to(tl.int64) * 3 * K + o_k
-    tl.store(p_tile, tl.zeros_like(b_mean) + n_p, mask=m_k)
+    tl.store(p_tile, tl.zeros_like(b_mean) + n, mask=m_k)
     tl.store(p_tile + K, b_mean, mask=m_k)
-    tl.store(p_tile + 2 * K, tl.sum(b_delta * b_delta, 1), mask=m_k)
+    tl.store(p_tile + 2 * K, b_squares, mask=m_k)
 
 
 @triton.jit
@@ -68,12 +76,12 @@ def bn_stats_merge_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Merge BLOCK_T tiles into one, in a fixed order."""
-    i_group = tl.program_id(0)
-    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i_group = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_t = i_group * BLOCK_T + tl.arange(0, BLOCK_T)
     m_k = o_k < K
     m = (o_t < tiles)[:, None] & m_k[None, :]
-    p_tile = p_partial + o_t.to(tl.int64)[:, None] * (3 * K) + o_k[None, :]
+    p_tile = p_partial + o_t[:, None] * (3 * K) + o_k[None, :]
     b_n = tl.load(p_tile, mask=m, other=0.0).to(tl.float64)  # [BLOCK_T, BLOCK_K]
     b_mean = tl.load(p_tile + K, mask=m, other=0.0).to(tl.float64)
     b_square = tl.load(p_tile + 2 * K, mask=m, other=0.0).to(tl.float64)
@@ -86,7 +94,7 @@ def bn_stats_merge_kernel(
         tl.store(p_merged + o_k, b_merged.to(element), mask=m_k)
         tl.store(p_var + o_k, (b_total / b_count).to(element), mask=m_k)
     else:
-        p_group = p_merged + i_group.to(tl.int64) * (3 * K) + o_k
+        p_group = p_merged + i_group * (3 * K) + o_k
         tl.store(p_group, b_count.to(element), mask=m_k)
         tl.store(p_group + K, b_merged.to(element), mask=m_k)
         tl.store(p_group + 2 * K, b_total.to(element), mask=m_k)

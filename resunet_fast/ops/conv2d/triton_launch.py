@@ -19,8 +19,8 @@ from .triton_epilogue import bn_stats_merge_kernel
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
 
-_MERGED_TILES = 128
-_MERGED_FILTERS = 16
+MERGED_TILES = 128
+MERGED_FILTERS = 16
 
 
 class Geometry(NamedTuple):
@@ -128,7 +128,7 @@ def convolve(
         else:
             _launch_pointers(operands, geometry, epilogue, config, tiles, partial)
             pooled = F.max_pool2d(y, 2) if epilogue.pool else None
-        stats = (None, None) if partial is None else _merge(partial)
+        stats = (None, None) if partial is None else merge(partial)
     return Result(y, pooled, *stats)
 
 
@@ -183,9 +183,9 @@ def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
     dtype = operands.x.dtype
     interpreted = environment.triton_interpreted()
     return {
-        "SCALE": epilogue.scale is not None,
-        "SHIFT": epilogue.shift is not None,
-        "RESIDUAL": operands.residual is not None,
+        "HAS_SCALE": epilogue.scale is not None,
+        "HAS_SHIFT": epilogue.shift is not None,
+        "HAS_RESIDUAL": operands.residual is not None,
         "RELU": epilogue.relu,
         "STATISTICS": epilogue.statistics,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -213,12 +213,13 @@ def _launch_boxes(
     pooled = empty(x, (n, k, h // 2, w // 2), torch.channels_last) if epilogue.pool else None
     stored_pool = pooled if pooled is not None and pooled.numel() else None
     tiles_k = triton.cdiv(k, config.filters)
-    weight_box = [config.filters, 1, config.channels]
+    taps = weight.transpose(0, 1)  # only a box whose first size is one is a matrix as it lies
+    weight_box = [1, config.filters, config.channels]
     # Each program computes `filters` channels of rows x columns pixels of one image.
     conv2d_fwd_tma_kernel[(n * tiles[0] * tiles[1] * tiles_k,)](
         _boxes(x, rows, columns, config.channels),
         None if skip is None else _boxes(skip, rows, columns, config.channels),
-        TensorDescriptor(weight, list(weight.shape), list(weight.stride()), weight_box),
+        TensorDescriptor(taps, list(taps.shape), list(taps.stride()), weight_box),
         None if residual is None else _boxes(residual, rows, columns, config.filters),
         epilogue.scale,
         epilogue.shift,
@@ -303,26 +304,26 @@ def _launch_pointers(
     )
 
 
-def _merge(partial: Tensor) -> tuple[Tensor, Tensor]:
+def merge(partial: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance from tiles' partial results, always merged in the same order."""
     k = partial.shape[2]
     mean = partial.new_empty(k)
     var = partial.new_empty(k)
     while True:
         tiles = partial.shape[0]
-        groups = triton.cdiv(tiles, _MERGED_TILES)
+        groups = triton.cdiv(tiles, MERGED_TILES)
         final = groups == 1
         merged = mean if final else partial.new_empty(groups, 3, k)
         # Each program merges up to 128 tiles of 16 filters.
-        bn_stats_merge_kernel[(groups, triton.cdiv(k, _MERGED_FILTERS))](
+        bn_stats_merge_kernel[(groups, triton.cdiv(k, MERGED_FILTERS))](
             partial,
             merged,
             var if final else None,
             tiles,
             k,
             FINAL=final,
-            BLOCK_T=_MERGED_TILES,
-            BLOCK_K=_MERGED_FILTERS,
+            BLOCK_T=MERGED_TILES,
+            BLOCK_K=MERGED_FILTERS,
         )
         if final:
             return mean, var

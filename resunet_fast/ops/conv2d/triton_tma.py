@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """3x3 stride-1 convolution, channels_last, fed by the tensor memory accelerator.
 
 A box of pixels shifted by one tap is one copy: what lies outside the image arrives as zeros, which
@@ -12,14 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_epilogue import affine, multiply, relu, store_partial
+from .triton_epilogue import affine, moments, multiply, relu, store_partial
 
 
 @triton.jit
 def _accumulate(
     b_acc,
     d_x,  # [N, H, W, C], boxes [1, BLOCK_H, BLOCK_W, BLOCK_C]
-    d_w,  # [K, 9, all channels], boxes [BLOCK_K, 1, BLOCK_C]
+    d_w,  # [9, K, all channels], boxes [1, BLOCK_K, BLOCK_C]
     i_n,
     o_h,
     o_w,
@@ -41,27 +40,82 @@ def _accumulate(
         tap = i // steps
         o_c = (i % steps) * BLOCK_C
         b_x = d_x.load([i_n, o_h + tap // 3 - 1, o_w + tap % 3 - 1, o_c])
-        b_w = d_w.load([o_k, 8 - tap if FLIP else tap, FIRST + o_c])
+        b_w = d_w.load([8 - tap if FLIP else tap, o_k, FIRST + o_c])
         b_x = b_x.reshape(BLOCK_H * BLOCK_W, BLOCK_C)
         b_acc = multiply(b_w.reshape(BLOCK_K, BLOCK_C), b_x, b_acc, UPCAST, PRECISION)
     return b_acc
 
 
 @triton.jit
-def _max_pool(b_z, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr):
+def _max_pool(
+    b_z, ACC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """2x2 maxima of [BLOCK_H * BLOCK_W, BLOCK_K]; a window with a NaN gives NaN."""
     shape: tl.constexpr = (BLOCK_H // 2, 2, BLOCK_W // 2, 2, BLOCK_K)
-    b_windows = b_z.to(tl.float32).reshape(shape)
+    b_windows = b_z.to(ACC).reshape(shape)
     b_nan = (b_windows != b_windows).to(tl.int32)
     b_max = tl.max(tl.max(b_windows, 3), 1)  # [BLOCK_H / 2, BLOCK_W / 2, BLOCK_K]
     return tl.where(tl.max(tl.max(b_nan, 3), 1) > 0, float("nan"), b_max)
 
 
 @triton.jit
+def _add_moments(
+    n,
+    b_mean,
+    b_squares,
+    b_part,  # [BLOCK_K, rows of BLOCK_W pixels]
+    height,
+    width,
+    ACC: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Merge the moments of further rows, of which `height` rows and `width` columns count."""
+    o_p = tl.arange(0, b_part.shape[1])
+    m_p = (o_p // BLOCK_W < height) & (o_p % BLOCK_W < width)
+    n_2, b_mean_2, b_squares_2 = moments(b_part, m_p, ACC)
+    total = n + n_2  # the first rows have a pixel at least
+    b_delta = tl.where(n_2 > 0, b_mean_2 - b_mean, 0.0)
+    b_squares += b_squares_2 + b_delta * b_delta * (n * n_2 / total)
+    return total, (n * b_mean + n_2 * b_mean_2) / total, b_squares
+
+
+@triton.jit
+def _tile_moments(
+    b_stored,  # [BLOCK_K, BLOCK_H * BLOCK_W]
+    height,
+    width,
+    ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Moments of the first `height` rows and `width` columns.
+
+    By quarters: a whole tile would not fit into registers beside the accumulator.
+    """
+    rows: tl.constexpr = BLOCK_H // 4
+    quarters: tl.constexpr = (BLOCK_K, 2, 2, rows * BLOCK_W)
+    b_even, b_odd = tl.split(b_stored.reshape(quarters).permute(0, 3, 1, 2))
+    b_0, b_2 = tl.split(b_even)
+    b_1, b_3 = tl.split(b_odd)
+    b_zero = tl.zeros((BLOCK_K,), ACC)
+    n, b_mean, b_squares = _add_moments(
+        tl.zeros((), ACC), b_zero, b_zero, b_0, height, width, ACC, BLOCK_W
+    )
+    n, b_mean, b_squares = _add_moments(
+        n, b_mean, b_squares, b_1, height - rows, width, ACC, BLOCK_W
+    )
+    n, b_mean, b_squares = _add_moments(
+        n, b_mean, b_squares, b_2, height - 2 * rows, width, ACC, BLOCK_W
+    )
+    return _add_moments(n, b_mean, b_squares, b_3, height - 3 * rows, width, ACC, BLOCK_W)
+
+
+@triton.jit
 def conv2d_fwd_tma_kernel(
     d_x,  # [N, H, W, C_X]
     d_skip,  # [N, H, W, C_SKIP], or None
-    d_w,  # [K, 9, C_X + C_SKIP]
+    d_w,  # [9, K, C_X + C_SKIP]
     d_residual,  # [N, H, W, K], or None
     p_scale,  # [K], or None
     p_shift,  # [K], or None
@@ -77,9 +131,9 @@ def conv2d_fwd_tma_kernel(
     C_X: tl.constexpr,
     C_SKIP: tl.constexpr,
     FLIP: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     POOL: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -113,13 +167,14 @@ def conv2d_fwd_tma_kernel(
         )  # fmt: skip
     o_ks = o_k + tl.arange(0, BLOCK_K)
     m_k = o_ks < K
-    b_v = affine(b_acc, p_scale, p_shift, o_ks, m_k, SCALE, SHIFT)
+    b_v = affine(b_acc, p_scale, p_shift, o_ks, m_k, HAS_SCALE, HAS_SHIFT)
     if STATISTICS:
-        o_p = tl.arange(0, BLOCK_H * BLOCK_W)
-        m_p = (o_h + o_p // BLOCK_W < H) & (o_w + o_p % BLOCK_W < W)
-        store_partial(p_partial, i_tile, K, o_ks, m_k, b_v.to(d_y.dtype), m_p)
+        n, b_mean, b_squares = _tile_moments(
+            b_v.to(d_y.dtype), H - o_h, W - o_w, ACC, BLOCK_H, BLOCK_W, BLOCK_K
+        )
+        store_partial(p_partial, i_tile, n, b_mean, b_squares, K, o_ks, m_k)
     b_z = tl.trans(b_v)  # [BLOCK_H * BLOCK_W, BLOCK_K]
-    if RESIDUAL:
+    if HAS_RESIDUAL:
         b_r = d_residual.load([i_n, o_h, o_w, o_k])
         b_z = b_z + b_r.reshape(BLOCK_H * BLOCK_W, BLOCK_K).to(ACC)
     if RELU:
@@ -127,6 +182,6 @@ def conv2d_fwd_tma_kernel(
     b_stored = b_z.to(d_y.dtype)
     d_y.store([i_n, o_h, o_w, o_k], b_stored.reshape(1, BLOCK_H, BLOCK_W, BLOCK_K))
     if POOL:
-        b_pooled = _max_pool(b_stored, BLOCK_H, BLOCK_W, BLOCK_K).to(d_y.dtype)
+        b_pooled = _max_pool(b_stored, ACC, BLOCK_H, BLOCK_W, BLOCK_K).to(d_y.dtype)
         box: tl.constexpr = (1, BLOCK_H // 2, BLOCK_W // 2, BLOCK_K)
         d_pooled.store([i_n, o_h // 2, o_w // 2, o_k], b_pooled.reshape(box))
