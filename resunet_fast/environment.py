@@ -24,6 +24,7 @@ def native_disabled() -> bool:
     return os.environ.get("RESUNET_FAST_DISABLE_NATIVE", "0") == "1"
 
 
+@cache  # a search through sys.path, and every selection asks
 def triton_installed() -> bool:
     """Whether `import triton` would find something; it is not imported."""
     return find_spec("triton") is not None

@@ -191,6 +191,7 @@ def backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Compute as the reference does."""
+    assert grad_pooled is None or output is not None
     layout = layout_of(input)
     x = dense(input, layout)
     likes = (None, weight, weight, None, residual_weight, residual_weight)

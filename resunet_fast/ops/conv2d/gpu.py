@@ -92,11 +92,10 @@ def cudnn(describe: Describe) -> Rules:
     rival = triton(describe)
 
     def refusals(*inputs: Any) -> list[str]:
-        reasons = cudnn_unavailable()
         for tensor in inputs:
             if isinstance(tensor, Tensor) and not tensor.is_cuda:
-                return [*reasons, f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
-        return reasons
+                return [f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
+        return cudnn_unavailable()
 
     def declines(*inputs: Any) -> list[str]:
         if rival.declines(*inputs) or rival.refusals(*inputs):

@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Device functions that the convolution kernels share: one k-step, and what follows the last.
 
 An accumulator is [BLOCK_K, BLOCK_P], filters by pixels: with the weight as the first operand the
@@ -23,12 +22,12 @@ def multiply(b_w, b_x, b_acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def affine(b_acc, p_scale, p_shift, o_k, m_k, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+def affine(b_acc, p_scale, p_shift, o_k, m_k, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr):
     """Scale and shift every filter."""
-    if SCALE:
+    if HAS_SCALE:
         b_scale = tl.load(p_scale + o_k, mask=m_k, other=0.0).to(b_acc.dtype)
         b_acc = b_acc * b_scale[:, None]
-    if SHIFT:
+    if HAS_SHIFT:
         b_shift = tl.load(p_shift + o_k, mask=m_k, other=0.0).to(b_acc.dtype)
         b_acc = b_acc + b_shift[:, None]
     return b_acc
@@ -46,14 +45,20 @@ def store_partial(p_partial, i_tile, K, o_k, m_k, b_stored, m_p):
 
     `p_partial` is [tiles, 3, K]; `m_p` tells the pixels inside the image.
     """
-    b_v = b_stored.to(p_partial.dtype.element_ty)
+    b_v = b_stored.to(p_partial.dtype.element_ty)  # [BLOCK_K, BLOCK_P]
     n_p = tl.sum(m_p.to(p_partial.dtype.element_ty), 0)
-    b_mean = tl.sum(tl.where(m_p[None, :], b_v, 0.0), 1) / n_p  # [BLOCK_K]
-    b_delta = tl.where(m_p[None, :], b_v - b_mean[:, None], 0.0)
+    n_1 = tl.maximum(n_p, 1.0)  # a tile may lie outside
+    # The mean over pixels outside as well is near enough for a shift. One that is not finite would
+    # turn infinite sums into NaN.
+    b_shift = tl.sum(b_v, 1) / b_v.shape[1]
+    b_shift = tl.where(tl.abs(b_shift) < float("inf"), b_shift, 0.0)
+    b_delta = tl.where(m_p[None, :], b_v - b_shift[:, None], 0.0)
+    b_sum = tl.sum(b_delta, 1)
+    b_squares = tl.sum(b_delta * b_delta, 1) - b_sum * (b_sum / n_1)
     p_tile = p_partial + i_tile.to(tl.int64) * 3 * K + o_k
-    tl.store(p_tile, tl.zeros_like(b_mean) + n_p, mask=m_k)
-    tl.store(p_tile + K, b_mean, mask=m_k)
-    tl.store(p_tile + 2 * K, tl.sum(b_delta * b_delta, 1), mask=m_k)
+    tl.store(p_tile, tl.zeros_like(b_sum) + n_p, mask=m_k)
+    tl.store(p_tile + K, b_shift + b_sum / n_1, mask=m_k)
+    tl.store(p_tile + 2 * K, tl.where(b_squares < 0, 0.0, b_squares), mask=m_k)
 
 
 @triton.jit

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from ..backends import computed_by
-from ..layout import accumulator, dense, layout_of
+from ..layout import dense, layout_of
+from ..triton_build import Build
 from ..upsample.op import UPSAMPLE, UPSAMPLE_BACKWARD
+from . import triton_builds, triton_wgrad
 from .op import ConvArguments, output_layout
 from .triton_launch import Epilogue, Geometry, Result, convolve, pack
+from .triton_wgrad import bias_gradient, weight_gradient
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
@@ -93,9 +96,11 @@ def backward(
     if output_mask[1]:
         dskip = data_gradient(grad_output, weight[:, channels:], geometry, size, layout)
     if output_mask[2]:
-        dweight = _weight_gradient(grad_output, input, skip, weight, geometry, upsample_mode)
+        x = enlarged(input, skip, upsample_mode)
+        dweight = weight_gradient(grad_output, x, geometry.kernel, stride, padding, skip=skip)
+        dweight = dense(dweight.to(weight.dtype), layout_of(weight))
     if output_mask[3] and bias is not None:
-        dbias = grad_output.sum((0, 2, 3), dtype=accumulator(grad_output.dtype)).to(bias.dtype)
+        dbias = bias_gradient(grad_output).to(bias.dtype)
     return dlow, dskip, dweight, dbias
 
 
@@ -125,25 +130,6 @@ def data_gradient(
     return convolve("conv2d_backward", *arguments, Epilogue()).output
 
 
-def _weight_gradient(
-    grad_output: Tensor,
-    input: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    geometry: Geometry,
-    mode: str,
-) -> Tensor:
-    x = enlarged(input, skip, mode)
-    sources = [x] if skip is None else [x, skip]
-    parts = [weight.split([s.shape[1] for s in sources], 1)]
-    dweight = torch.cat(
-        [
-            torch.ops.aten.convolution_backward(
-                grad_output, s, w.to(s.dtype), None, geometry.stride, geometry.padding,
-                (1, 1), False, (0, 0), 1, (False, True, False),
-            )[1]
-            for s, w in zip(sources, *parts, strict=True)
-        ],
-        1,
-    )  # fmt: skip
-    return dense(dweight.to(weight.dtype), layout_of(weight))
+def builds() -> list[Build]:
+    """What is compiled ahead of time of all three passes."""
+    return [*triton_builds.builds(), *triton_wgrad.builds()]

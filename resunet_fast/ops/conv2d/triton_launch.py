@@ -19,8 +19,8 @@ from .triton_epilogue import bn_stats_merge_kernel
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
 
-_MERGED_TILES = 128
-_MERGED_FILTERS = 16
+MERGED_TILES = 128
+MERGED_FILTERS = 16
 
 
 class Geometry(NamedTuple):
@@ -121,7 +121,8 @@ def convolve(
     partial = None
     if epilogue.statistics:
         dtype = accumulator(x.dtype)
-        partial = x.new_empty((y.shape[0] * tiles[0] * tiles[1], 3, y.shape[1]), dtype=dtype)
+        partials = y.shape[0] * tiles[0] * tiles[1] * (2 if config.family == "tma" else 1)
+        partial = x.new_empty((partials, 3, y.shape[1]), dtype=dtype)
     with torch.cuda.device_of(x):
         if config.family == "tma":
             pooled = _launch_boxes(operands, geometry, epilogue, config, tiles, partial)
@@ -183,9 +184,9 @@ def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
     dtype = operands.x.dtype
     interpreted = environment.triton_interpreted()
     return {
-        "SCALE": epilogue.scale is not None,
-        "SHIFT": epilogue.shift is not None,
-        "RESIDUAL": operands.residual is not None,
+        "HAS_SCALE": epilogue.scale is not None,
+        "HAS_SHIFT": epilogue.shift is not None,
+        "HAS_RESIDUAL": operands.residual is not None,
         "RELU": epilogue.relu,
         "STATISTICS": epilogue.statistics,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -213,12 +214,13 @@ def _launch_boxes(
     pooled = empty(x, (n, k, h // 2, w // 2), torch.channels_last) if epilogue.pool else None
     stored_pool = pooled if pooled is not None and pooled.numel() else None
     tiles_k = triton.cdiv(k, config.filters)
-    weight_box = [config.filters, 1, config.channels]
+    taps = weight.transpose(0, 1)  # only a box whose first size is one is a matrix as it lies
+    weight_box = [1, config.filters, config.channels]
     # Each program computes `filters` channels of rows x columns pixels of one image.
     conv2d_fwd_tma_kernel[(n * tiles[0] * tiles[1] * tiles_k,)](
         _boxes(x, rows, columns, config.channels),
         None if skip is None else _boxes(skip, rows, columns, config.channels),
-        TensorDescriptor(weight, list(weight.shape), list(weight.stride()), weight_box),
+        TensorDescriptor(taps, list(taps.shape), list(taps.stride()), weight_box),
         None if residual is None else _boxes(residual, rows, columns, config.filters),
         epilogue.scale,
         epilogue.shift,
@@ -310,19 +312,19 @@ def _merge(partial: Tensor) -> tuple[Tensor, Tensor]:
     var = partial.new_empty(k)
     while True:
         tiles = partial.shape[0]
-        groups = triton.cdiv(tiles, _MERGED_TILES)
+        groups = triton.cdiv(tiles, MERGED_TILES)
         final = groups == 1
         merged = mean if final else partial.new_empty(groups, 3, k)
         # Each program merges up to 128 tiles of 16 filters.
-        bn_stats_merge_kernel[(groups, triton.cdiv(k, _MERGED_FILTERS))](
+        bn_stats_merge_kernel[(groups, triton.cdiv(k, MERGED_FILTERS))](
             partial,
             merged,
             var if final else None,
             tiles,
             k,
             FINAL=final,
-            BLOCK_T=_MERGED_TILES,
-            BLOCK_K=_MERGED_FILTERS,
+            BLOCK_T=MERGED_TILES,
+            BLOCK_K=MERGED_FILTERS,
         )
         if final:
             return mean, var

@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Convolution of any size, stride, padding and layout, by 64-bit addresses and masks.
 
 For what tensor descriptors cannot address, and for GPUs without them. A data gradient of a strided
@@ -123,9 +122,9 @@ def conv2d_fwd_pointer_kernel(
     SPREAD_H: tl.constexpr,
     SPREAD_W: tl.constexpr,
     FLIP: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     STATISTICS: tl.constexpr,
     ACC: tl.constexpr,
@@ -163,14 +162,14 @@ def conv2d_fwd_pointer_kernel(
             R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, SPREAD_H, SPREAD_W, FLIP,
             BLOCK_C, STAGES, UPCAST, PRECISION,
         )  # fmt: skip
-    b_v = affine(b_acc, p_scale, p_shift, o_k, m_k, SCALE, SHIFT)
+    b_v = affine(b_acc, p_scale, p_shift, o_k, m_k, HAS_SCALE, HAS_SHIFT)
     if STATISTICS:
         b_stored = b_v.to(p_y.dtype.element_ty)
         store_partial(p_partial, i_tile, K, o_k, m_k, b_stored, m_p)
     o_pixel = o_h.to(tl.int64) * stride_yh + o_w.to(tl.int64) * stride_yw
     o_y = i_n * stride_yn + o_k.to(tl.int64)[:, None] * stride_yc + o_pixel[None, :]
     m = m_k[:, None] & m_p[None, :]
-    if RESIDUAL:
+    if HAS_RESIDUAL:
         b_v = b_v + tl.load(p_residual + o_y, mask=m, other=0.0).to(ACC)
     if RELU:
         b_v = relu(b_v)

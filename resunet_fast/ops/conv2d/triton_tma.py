@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """3x3 stride-1 convolution, channels_last, fed by the tensor memory accelerator.
 
 A box of pixels shifted by one tap is one copy: what lies outside the image arrives as zeros, which
@@ -19,7 +18,7 @@ from .triton_epilogue import affine, multiply, relu, store_partial
 def _accumulate(
     b_acc,
     d_x,  # [N, H, W, C], boxes [1, BLOCK_H, BLOCK_W, BLOCK_C]
-    d_w,  # [K, 9, all channels], boxes [BLOCK_K, 1, BLOCK_C]
+    d_w,  # [9, K, all channels], boxes [1, BLOCK_K, BLOCK_C]
     i_n,
     o_h,
     o_w,
@@ -41,7 +40,7 @@ def _accumulate(
         tap = i // steps
         o_c = (i % steps) * BLOCK_C
         b_x = d_x.load([i_n, o_h + tap // 3 - 1, o_w + tap % 3 - 1, o_c])
-        b_w = d_w.load([o_k, 8 - tap if FLIP else tap, FIRST + o_c])
+        b_w = d_w.load([8 - tap if FLIP else tap, o_k, FIRST + o_c])
         b_x = b_x.reshape(BLOCK_H * BLOCK_W, BLOCK_C)
         b_acc = multiply(b_w.reshape(BLOCK_K, BLOCK_C), b_x, b_acc, UPCAST, PRECISION)
     return b_acc
@@ -58,16 +57,46 @@ def _max_pool(b_z, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.con
 
 
 @triton.jit
+def _store_halves(
+    p_partial,  # [2 * tiles, 3, K]
+    i_tile,
+    b_stored,  # [BLOCK_K, BLOCK_H * BLOCK_W]
+    o_h,
+    o_w,
+    H,
+    W,
+    K,
+    o_k,
+    m_k,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write what the statistics need of the upper and of the lower half of a tile.
+
+    A whole one beside the accumulator would not fit into registers.
+    """
+    HALF: tl.constexpr = BLOCK_H // 2 * BLOCK_W
+    halves: tl.constexpr = (b_stored.shape[0], 2, HALF)
+    b_upper, b_lower = tl.split(b_stored.reshape(halves).permute(0, 2, 1))
+    o_row = o_h + tl.arange(0, HALF) // BLOCK_W
+    m_w = o_w + tl.arange(0, HALF) % BLOCK_W < W
+    m_upper = m_w & (o_row < H)
+    m_lower = m_w & (o_row + BLOCK_H // 2 < H)
+    store_partial(p_partial, 2 * i_tile, K, o_k, m_k, b_upper, m_upper)
+    store_partial(p_partial, 2 * i_tile + 1, K, o_k, m_k, b_lower, m_lower)
+
+
+@triton.jit
 def conv2d_fwd_tma_kernel(
     d_x,  # [N, H, W, C_X]
     d_skip,  # [N, H, W, C_SKIP], or None
-    d_w,  # [K, 9, C_X + C_SKIP]
+    d_w,  # [9, K, C_X + C_SKIP]
     d_residual,  # [N, H, W, K], or None
     p_scale,  # [K], or None
     p_shift,  # [K], or None
     d_y,  # [N, H, W, K]
     d_pooled,  # [N, H // 2, W // 2, K], or None
-    p_partial,  # [tiles, 3, K], or None
+    p_partial,  # [2 * tiles, 3, K], or None
     H,
     W,
     K,
@@ -77,9 +106,9 @@ def conv2d_fwd_tma_kernel(
     C_X: tl.constexpr,
     C_SKIP: tl.constexpr,
     FLIP: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     POOL: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -113,13 +142,12 @@ def conv2d_fwd_tma_kernel(
         )  # fmt: skip
     o_ks = o_k + tl.arange(0, BLOCK_K)
     m_k = o_ks < K
-    b_v = affine(b_acc, p_scale, p_shift, o_ks, m_k, SCALE, SHIFT)
+    b_v = affine(b_acc, p_scale, p_shift, o_ks, m_k, HAS_SCALE, HAS_SHIFT)
     if STATISTICS:
-        o_p = tl.arange(0, BLOCK_H * BLOCK_W)
-        m_p = (o_h + o_p // BLOCK_W < H) & (o_w + o_p % BLOCK_W < W)
-        store_partial(p_partial, i_tile, K, o_ks, m_k, b_v.to(d_y.dtype), m_p)
+        b_stored = b_v.to(d_y.dtype)
+        _store_halves(p_partial, i_tile, b_stored, o_h, o_w, H, W, K, o_ks, m_k, BLOCK_H, BLOCK_W)
     b_z = tl.trans(b_v)  # [BLOCK_H * BLOCK_W, BLOCK_K]
-    if RESIDUAL:
+    if HAS_RESIDUAL:
         b_r = d_residual.load([i_n, o_h, o_w, o_k])
         b_z = b_z + b_r.reshape(BLOCK_H * BLOCK_W, BLOCK_K).to(ACC)
     if RELU:

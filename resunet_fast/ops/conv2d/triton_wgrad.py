@@ -109,8 +109,7 @@ def weight_gradient(
         skip: [N, C', H, W], a second source, convolved behind `x` along the channels.
 
     Returns:
-        [K, C + C', R, S] in the accumulator's dtype (float64 for float64, else float32),
-        channels_last.
+        [K, C + C', R, S], channels_last, in the accumulator's dtype (float64 or float32).
     """
     sources = [x] if skip is None else [x, skip]
     shape = (grad_output.shape[1], *kernel_size, sum(source.shape[1] for source in sources))

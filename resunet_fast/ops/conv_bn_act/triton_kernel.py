@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
-# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """conv_bn_act in Triton: the convolution's epilogue does what batch norm needs of its sums.
 
 With batch statistics the epilogue sums them, which saves batch norm its first reading of y, and one
@@ -20,8 +19,10 @@ from ..backends import computed_by
 from ..bn_act.op import BN_ACT, BnActArguments
 from ..conv2d import triton_kernel as conv2d
 from ..conv2d.op import ConvArguments
+from ..conv2d.triton_builds import box_build, pointer_build
 from ..conv2d.triton_launch import Epilogue
 from ..layout import accumulator
+from ..triton_build import Build, signature_of
 
 _BLOCK_K = 128
 
@@ -36,10 +37,10 @@ def bn_scale_shift_kernel(
     p_scale,  # [K]
     p_shift,  # [K]
     K,
-    EPS: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    CONV_BIAS: tl.constexpr,
+    eps: tl.float64,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """scale = weight / sqrt(var + eps), shift = bias + (conv_bias - mean) * scale, in float64."""
@@ -47,13 +48,13 @@ def bn_scale_shift_kernel(
     m_k = o_k < K
     b_var = tl.load(p_var + o_k, mask=m_k, other=1.0).to(tl.float64)
     b_offset = -tl.load(p_mean + o_k, mask=m_k, other=0.0).to(tl.float64)
-    b_scale = 1.0 / tl.sqrt(b_var + EPS)
-    if WEIGHT:
+    b_scale = 1.0 / tl.sqrt(b_var + eps)
+    if HAS_WEIGHT:
         b_scale *= tl.load(p_weight + o_k, mask=m_k, other=0.0).to(tl.float64)
-    if CONV_BIAS:
+    if HAS_CONV_BIAS:
         b_offset += tl.load(p_conv_bias + o_k, mask=m_k, other=0.0).to(tl.float64)
     b_shift = b_offset * b_scale
-    if BIAS:
+    if HAS_BIAS:
         b_shift += tl.load(p_bias + o_k, mask=m_k, other=0.0).to(tl.float64)
     tl.store(p_scale + o_k, b_scale.to(p_scale.dtype.element_ty), mask=m_k)
     tl.store(p_shift + o_k, b_shift.to(p_shift.dtype.element_ty), mask=m_k)
@@ -114,10 +115,36 @@ def scale_shift(a: BnActArguments, conv_bias: Tensor | None) -> tuple[Tensor, Te
             scale,
             shift,
             k,
-            EPS=a.eps,
-            WEIGHT=a.weight is not None,
-            BIAS=a.bias is not None,
-            CONV_BIAS=conv_bias is not None,
+            a.eps,
+            HAS_WEIGHT=a.weight is not None,
+            HAS_BIAS=a.bias is not None,
+            HAS_CONV_BIAS=conv_bias is not None,
             BLOCK_K=_BLOCK_K,
         )
     return scale, shift
+
+
+def builds() -> list[Build]:
+    """Training's statistics, evaluation's affine map with all that may follow it."""
+    evaluated = ("HAS_SCALE", "HAS_SHIFT", "RELU", "POOL")
+    flags = {"HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_CONV_BIAS": True, "BLOCK_K": _BLOCK_K}
+    names = ("mean", "var", "weight", "bias", "conv_bias", "scale", "shift")
+    pointers = {f"p_{name}": "*fp32" for name in names}
+    given = {**pointers, "eps": "fp64"}
+    return [
+        box_build("training", "bf16", 64, 64, "STATISTICS"),
+        box_build("training", "bf16", 128, 128, "STATISTICS"),
+        box_build("training", "fp16", 128, 128, "STATISTICS"),
+        box_build("training-two-sources", "bf16", 128, 64, "STATISTICS", skip=64),
+        box_build("evaluation", "bf16", 64, 64, *evaluated),
+        box_build("evaluation-residual", "bf16", 128, 128, *evaluated, "HAS_RESIDUAL"),
+        pointer_build("training-first-layer", "bf16", 3, 64, "STATISTICS"),
+        pointer_build("training-stride2", "bf16", 64, 128, "STATISTICS", stride=2),
+        Build(
+            "bn_scale_shift-fp32",
+            bn_scale_shift_kernel,
+            signature_of(bn_scale_shift_kernel, given, flags),
+            flags,
+            aligned=(*pointers, "K"),
+        ),
+    ]
