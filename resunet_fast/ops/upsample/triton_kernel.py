@@ -14,7 +14,7 @@ from ..layout import dense, empty, layout_of
 from . import triton_device as device
 from .reference import MODES
 from .triton_builds import builds as builds
-from .triton_tiling import BACKWARD, FORWARD, block_of, readers
+from .triton_tiling import block_of, blocks_for, readers
 
 
 def forward(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
@@ -43,7 +43,8 @@ def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: s
         return output
     last = layout == torch.channels_last
     pixels = size[0] * size[1]
-    block_p, block_c = block_of(FORWARD, c, pixels, last)
+    held = blocks_for(backward=False)
+    block_p, block_c = block_of(held, c, pixels, last)
     blocks = triton.cdiv(c, block_c) + triton.cdiv(s, block_c)
     with torch.cuda.device_of(x):
         # One program: a block of an image's output pixels, a block of one source's channels.
@@ -63,7 +64,7 @@ def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: s
             MODE=MODES.index(mode),
             HAS_SKIP=behind is not None,
             ACC=accumulates_in(x),
-            num_warps=FORWARD.num_warps,
+            num_warps=held.num_warps,
         )
     return output
 
@@ -100,7 +101,8 @@ def _gather(dy: Tensor, shape: Sequence[int], mode: str, layout: torch.memory_fo
     n, c, h, w = shape
     channels, height, width = dy.shape[1:]
     last = layout == torch.channels_last
-    block_p, block_c = block_of(BACKWARD, c, h * w, last)
+    held = blocks_for(backward=True)
+    block_p, block_c = block_of(held, c, h * w, last)
     with torch.cuda.device_of(dy):
         # One program: a block of an image's input pixels, a block of channels.
         device.upsample_bwd_kernel[(n * triton.cdiv(h * w, block_p) * triton.cdiv(c, block_c),)](
@@ -120,6 +122,6 @@ def _gather(dy: Tensor, shape: Sequence[int], mode: str, layout: torch.memory_fo
             ROWS=readers(h, height, mode),
             COLUMNS=readers(w, width, mode),
             ACC=accumulates_in(dy),
-            num_warps=BACKWARD.num_warps,
+            num_warps=held.num_warps,
         )
     return dx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ... import environment
 from ..bn_act.triton_tiling import channel_block, power_of_two
 
 
@@ -27,6 +28,15 @@ class Blocks:
 FORWARD = Blocks()
 # Several accesses of every thread are under way at once: smaller blocks leave registers for them.
 BACKWARD = Blocks(elements=1024)
+# The interpreter takes as long for any program, whatever it holds.
+INTERPRETED = Blocks(elements=1 << 18, pixels=1 << 18, channels=1024)
+
+
+def blocks_for(*, backward: bool) -> Blocks:
+    """The blocks of the map, or of its transpose."""
+    if environment.triton_interpreted():
+        return INTERPRETED
+    return BACKWARD if backward else FORWARD
 
 
 def block_of(blocks: Blocks, channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
