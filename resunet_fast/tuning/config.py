@@ -76,7 +76,7 @@ def _boxes(problem: ConvProblem) -> ConvConfig:
     filters = _power_of_two(problem.filters, 16, 128)
     channels = _power_of_two(problem.channels, 16, max(_ROW_BYTES // problem.itemsize, 16))
     columns = _power_of_two(problem.width, 2, 16)
-    rows = max(_power_of_two(problem.height, 2, 16), 16 // columns)
+    rows = max(_power_of_two(problem.height, 4, 16), 16 // columns)
     if _programs(problem, filters, rows * columns) < _PROGRAMS and rows * columns > 128:
         rows //= 2
     if filters == 128:
@@ -88,7 +88,8 @@ def _pointers(problem: ConvProblem) -> ConvConfig:
     filters = _power_of_two(problem.filters, 16, 128)
     pixels = _power_of_two(problem.height * problem.width, 16, 128)
     channels = _power_of_two(problem.channels, 16 if problem.channels >= 16 else 32, 32)
-    warps = 8 if filters == 128 and pixels == 128 else 4
+    # Taps gathered together need an address for every element.
+    warps = 8 if (filters == 128 and pixels == 128) or problem.channels < channels else 4
     return ConvConfig("pointer", filters, 1, pixels, channels, warps, stages=3)
 
 

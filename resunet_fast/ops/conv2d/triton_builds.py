@@ -136,7 +136,7 @@ def pointer_build(
         **{"PADDING_H": kernel // 2, "PADDING_W": kernel // 2, "BLOCK_P": config.columns},
     }
     del constants["POOL"]
-    pointers = {name: f"*{dtype}" for name in ("p_x", "p_w", "p_y")}
+    pointers = dict.fromkeys(("p_x", "p_w", "p_y"), f"*{dtype}")
     return _build(
         f"conv2d_fwd_pointer-{dtype}-{c}to{k}-{name}",
         conv2d_fwd_pointer_kernel,
@@ -145,7 +145,9 @@ def pointer_build(
         constants,
         config,
         aligned=("H", "W", "OH", "OW", "K", *strides),
-        demands=frozenset({"matrix_instruction"}),
+        demands=frozenset(
+            {"matrix_instruction", *(["vector_16_bytes"] if whole and channels_last else [])}
+        ),
     )
 
 

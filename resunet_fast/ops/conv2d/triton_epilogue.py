@@ -40,14 +40,11 @@ def relu(b_v):
 
 
 @triton.jit
-def store_partial(p_partial, i_tile, K, o_k, m_k, b_stored, m_p):
-    """Write the count, mean and sum of squared deviations of a tile, of the values as stored.
-
-    `p_partial` is [tiles, 3, K]; `m_p` tells the pixels inside the image.
-    """
-    b_v = b_stored.to(p_partial.dtype.element_ty)  # [BLOCK_K, BLOCK_P]
-    n_p = tl.sum(m_p.to(p_partial.dtype.element_ty), 0)
-    n_1 = tl.maximum(n_p, 1.0)  # a tile may lie outside
+def moments(b_stored, m_p, ACC: tl.constexpr):
+    """Count, mean and sum of squared deviations of the pixels in `m_p`, [BLOCK_K] but the count."""
+    b_v = b_stored.to(ACC)  # [BLOCK_K, pixels]
+    n = tl.sum(m_p.to(ACC), 0)
+    n_1 = tl.maximum(n, 1.0)  # all may lie outside the image
     # The mean over pixels outside as well is near enough for a shift. One that is not finite would
     # turn infinite sums into NaN.
     b_shift = tl.sum(b_v, 1) / b_v.shape[1]
@@ -55,10 +52,16 @@ def store_partial(p_partial, i_tile, K, o_k, m_k, b_stored, m_p):
     b_delta = tl.where(m_p[None, :], b_v - b_shift[:, None], 0.0)
     b_sum = tl.sum(b_delta, 1)
     b_squares = tl.sum(b_delta * b_delta, 1) - b_sum * (b_sum / n_1)
+    return n, b_shift + b_sum / n_1, tl.where(b_squares < 0, 0.0, b_squares)
+
+
+@triton.jit
+def store_partial(p_partial, i_tile, n, b_mean, b_squares, K, o_k, m_k):
+    """Write a tile's moments into [tiles, 3, K]."""
     p_tile = p_partial + i_tile.to(tl.int64) * 3 * K + o_k
-    tl.store(p_tile, tl.zeros_like(b_sum) + n_p, mask=m_k)
-    tl.store(p_tile + K, b_shift + b_sum / n_1, mask=m_k)
-    tl.store(p_tile + 2 * K, tl.where(b_squares < 0, 0.0, b_squares), mask=m_k)
+    tl.store(p_tile, tl.zeros_like(b_mean) + n, mask=m_k)
+    tl.store(p_tile + K, b_mean, mask=m_k)
+    tl.store(p_tile + 2 * K, b_squares, mask=m_k)
 
 
 @triton.jit
@@ -73,12 +76,12 @@ def bn_stats_merge_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Merge BLOCK_T tiles into one, in a fixed order."""
-    i_group = tl.program_id(0)
-    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i_group = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_t = i_group * BLOCK_T + tl.arange(0, BLOCK_T)
     m_k = o_k < K
     m = (o_t < tiles)[:, None] & m_k[None, :]
-    p_tile = p_partial + o_t.to(tl.int64)[:, None] * (3 * K) + o_k[None, :]
+    p_tile = p_partial + o_t[:, None] * (3 * K) + o_k[None, :]
     b_n = tl.load(p_tile, mask=m, other=0.0).to(tl.float64)  # [BLOCK_T, BLOCK_K]
     b_mean = tl.load(p_tile + K, mask=m, other=0.0).to(tl.float64)
     b_square = tl.load(p_tile + 2 * K, mask=m, other=0.0).to(tl.float64)
@@ -91,7 +94,7 @@ def bn_stats_merge_kernel(
         tl.store(p_merged + o_k, b_merged.to(element), mask=m_k)
         tl.store(p_var + o_k, (b_total / b_count).to(element), mask=m_k)
     else:
-        p_group = p_merged + i_group.to(tl.int64) * (3 * K) + o_k
+        p_group = p_merged + i_group * (3 * K) + o_k
         tl.store(p_group, b_count.to(element), mask=m_k)
         tl.store(p_group + K, b_merged.to(element), mask=m_k)
         tl.store(p_group + 2 * K, b_total.to(element), mask=m_k)

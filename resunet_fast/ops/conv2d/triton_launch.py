@@ -121,15 +121,14 @@ def convolve(
     partial = None
     if epilogue.statistics:
         dtype = accumulator(x.dtype)
-        partials = y.shape[0] * tiles[0] * tiles[1] * (2 if config.family == "tma" else 1)
-        partial = x.new_empty((partials, 3, y.shape[1]), dtype=dtype)
+        partial = x.new_empty((y.shape[0] * tiles[0] * tiles[1], 3, y.shape[1]), dtype=dtype)
     with torch.cuda.device_of(x):
         if config.family == "tma":
             pooled = _launch_boxes(operands, geometry, epilogue, config, tiles, partial)
         else:
             _launch_pointers(operands, geometry, epilogue, config, tiles, partial)
             pooled = F.max_pool2d(y, 2) if epilogue.pool else None
-        stats = (None, None) if partial is None else _merge(partial)
+        stats = (None, None) if partial is None else merge(partial)
     return Result(y, pooled, *stats)
 
 
@@ -305,7 +304,7 @@ def _launch_pointers(
     )
 
 
-def _merge(partial: Tensor) -> tuple[Tensor, Tensor]:
+def merge(partial: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance from tiles' partial results, always merged in the same order."""
     k = partial.shape[2]
     mean = partial.new_empty(k)

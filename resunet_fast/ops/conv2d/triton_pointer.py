@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_epilogue import affine, multiply, relu, store_partial
+from .triton_epilogue import affine, moments, multiply, relu, store_partial
 
 
 @triton.jit
@@ -164,8 +164,8 @@ def conv2d_fwd_pointer_kernel(
         )  # fmt: skip
     b_v = affine(b_acc, p_scale, p_shift, o_k, m_k, HAS_SCALE, HAS_SHIFT)
     if STATISTICS:
-        b_stored = b_v.to(p_y.dtype.element_ty)
-        store_partial(p_partial, i_tile, K, o_k, m_k, b_stored, m_p)
+        n, b_mean, b_squares = moments(b_v.to(p_y.dtype.element_ty), m_p, ACC)
+        store_partial(p_partial, i_tile, n, b_mean, b_squares, K, o_k, m_k)
     o_pixel = o_h.to(tl.int64) * stride_yh + o_w.to(tl.int64) * stride_yw
     o_y = i_n * stride_yn + o_k.to(tl.int64)[:, None] * stride_yc + o_pixel[None, :]
     m = m_k[:, None] & m_p[None, :]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_epilogue import affine, multiply, relu, store_partial
+from .triton_epilogue import affine, moments, multiply, relu, store_partial
 
 
 @triton.jit
@@ -47,43 +47,68 @@ def _accumulate(
 
 
 @triton.jit
-def _max_pool(b_z, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr):
+def _max_pool(
+    b_z, ACC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """2x2 maxima of [BLOCK_H * BLOCK_W, BLOCK_K]; a window with a NaN gives NaN."""
     shape: tl.constexpr = (BLOCK_H // 2, 2, BLOCK_W // 2, 2, BLOCK_K)
-    b_windows = b_z.to(tl.float32).reshape(shape)
+    b_windows = b_z.to(ACC).reshape(shape)
     b_nan = (b_windows != b_windows).to(tl.int32)
     b_max = tl.max(tl.max(b_windows, 3), 1)  # [BLOCK_H / 2, BLOCK_W / 2, BLOCK_K]
     return tl.where(tl.max(tl.max(b_nan, 3), 1) > 0, float("nan"), b_max)
 
 
 @triton.jit
-def _store_halves(
-    p_partial,  # [2 * tiles, 3, K]
-    i_tile,
-    b_stored,  # [BLOCK_K, BLOCK_H * BLOCK_W]
-    o_h,
-    o_w,
-    H,
-    W,
-    K,
-    o_k,
-    m_k,
-    BLOCK_H: tl.constexpr,
+def _add_moments(
+    n,
+    b_mean,
+    b_squares,
+    b_part,  # [BLOCK_K, rows of BLOCK_W pixels]
+    height,
+    width,
+    ACC: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Write what the statistics need of the upper and of the lower half of a tile.
+    """Merge the moments of further rows, of which `height` rows and `width` columns count."""
+    o_p = tl.arange(0, b_part.shape[1])
+    m_p = (o_p // BLOCK_W < height) & (o_p % BLOCK_W < width)
+    n_2, b_mean_2, b_squares_2 = moments(b_part, m_p, ACC)
+    total = n + n_2  # the first rows have a pixel at least
+    b_delta = tl.where(n_2 > 0, b_mean_2 - b_mean, 0.0)
+    b_squares += b_squares_2 + b_delta * b_delta * (n * n_2 / total)
+    return total, (n * b_mean + n_2 * b_mean_2) / total, b_squares
 
-    A whole one beside the accumulator would not fit into registers.
+
+@triton.jit
+def _tile_moments(
+    b_stored,  # [BLOCK_K, BLOCK_H * BLOCK_W]
+    height,
+    width,
+    ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Moments of the first `height` rows and `width` columns.
+
+    By quarters: a whole tile would not fit into registers beside the accumulator.
     """
-    HALF: tl.constexpr = BLOCK_H // 2 * BLOCK_W
-    halves: tl.constexpr = (b_stored.shape[0], 2, HALF)
-    b_upper, b_lower = tl.split(b_stored.reshape(halves).permute(0, 2, 1))
-    o_row = o_h + tl.arange(0, HALF) // BLOCK_W
-    m_w = o_w + tl.arange(0, HALF) % BLOCK_W < W
-    m_upper = m_w & (o_row < H)
-    m_lower = m_w & (o_row + BLOCK_H // 2 < H)
-    store_partial(p_partial, 2 * i_tile, K, o_k, m_k, b_upper, m_upper)
-    store_partial(p_partial, 2 * i_tile + 1, K, o_k, m_k, b_lower, m_lower)
+    rows: tl.constexpr = BLOCK_H // 4
+    quarters: tl.constexpr = (BLOCK_K, 2, 2, rows * BLOCK_W)
+    b_even, b_odd = tl.split(b_stored.reshape(quarters).permute(0, 3, 1, 2))
+    b_0, b_2 = tl.split(b_even)
+    b_1, b_3 = tl.split(b_odd)
+    b_zero = tl.zeros((BLOCK_K,), ACC)
+    n, b_mean, b_squares = _add_moments(
+        tl.zeros((), ACC), b_zero, b_zero, b_0, height, width, ACC, BLOCK_W
+    )
+    n, b_mean, b_squares = _add_moments(
+        n, b_mean, b_squares, b_1, height - rows, width, ACC, BLOCK_W
+    )
+    n, b_mean, b_squares = _add_moments(
+        n, b_mean, b_squares, b_2, height - 2 * rows, width, ACC, BLOCK_W
+    )
+    return _add_moments(n, b_mean, b_squares, b_3, height - 3 * rows, width, ACC, BLOCK_W)
 
 
 @triton.jit
@@ -96,7 +121,7 @@ def conv2d_fwd_tma_kernel(
     p_shift,  # [K], or None
     d_y,  # [N, H, W, K]
     d_pooled,  # [N, H // 2, W // 2, K], or None
-    p_partial,  # [2 * tiles, 3, K], or None
+    p_partial,  # [tiles, 3, K], or None
     H,
     W,
     K,
@@ -144,8 +169,10 @@ def conv2d_fwd_tma_kernel(
     m_k = o_ks < K
     b_v = affine(b_acc, p_scale, p_shift, o_ks, m_k, HAS_SCALE, HAS_SHIFT)
     if STATISTICS:
-        b_stored = b_v.to(d_y.dtype)
-        _store_halves(p_partial, i_tile, b_stored, o_h, o_w, H, W, K, o_ks, m_k, BLOCK_H, BLOCK_W)
+        n, b_mean, b_squares = _tile_moments(
+            b_v.to(d_y.dtype), H - o_h, W - o_w, ACC, BLOCK_H, BLOCK_W, BLOCK_K
+        )
+        store_partial(p_partial, i_tile, n, b_mean, b_squares, K, o_ks, m_k)
     b_z = tl.trans(b_v)  # [BLOCK_H * BLOCK_W, BLOCK_K]
     if HAS_RESIDUAL:
         b_r = d_residual.load([i_n, o_h, o_w, o_k])
@@ -155,6 +182,6 @@ def conv2d_fwd_tma_kernel(
     b_stored = b_z.to(d_y.dtype)
     d_y.store([i_n, o_h, o_w, o_k], b_stored.reshape(1, BLOCK_H, BLOCK_W, BLOCK_K))
     if POOL:
-        b_pooled = _max_pool(b_stored, BLOCK_H, BLOCK_W, BLOCK_K).to(d_y.dtype)
+        b_pooled = _max_pool(b_stored, ACC, BLOCK_H, BLOCK_W, BLOCK_K).to(d_y.dtype)
         box: tl.constexpr = (1, BLOCK_H // 2, BLOCK_W // 2, BLOCK_K)
         d_pooled.store([i_n, o_h // 2, o_w // 2, o_k], b_pooled.reshape(box))

@@ -44,7 +44,7 @@ def bn_scale_shift_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """scale = weight / sqrt(var + eps), shift = bias + (conv_bias - mean) * scale, in float64."""
-    o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
     b_var = tl.load(p_var + o_k, mask=m_k, other=1.0).to(tl.float64)
     b_offset = -tl.load(p_mean + o_k, mask=m_k, other=0.0).to(tl.float64)
