@@ -217,9 +217,8 @@ def test_networks_use_it_and_learn_the_same(downsample: str, size: tuple[int, in
     assert (calls.ours, calls.torchs) == (2, 0)
 
 
-@pytest.mark.parametrize("downsample", DOWNSAMPLES)
-def test_networks_compile_into_one_graph(downsample: str) -> None:
-    fast, twin = pair(upsample="transpose", downsample=downsample, width_factors=(1, 2))
+def test_networks_compile_into_one_graph() -> None:
+    fast, twin = pair(upsample="transpose", width_factors=(1, 2))
     torch._dynamo.reset()
     fast.compile(fullgraph=True, backend="aot_eager")
     for size in ((9, 14), (12, 15)):

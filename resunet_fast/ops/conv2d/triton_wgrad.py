@@ -30,13 +30,12 @@ from .triton_wgrad_kernels import (
     sum_partials_kernel,
 )
 
-# A partial adds so many pixels at most, one after the other: few enough for float32, many enough
-# that the partials of up to 1024 channels take less memory than the operands.
+# A partial adds so many pixels at most: few enough for float32, many enough that the partials of up
+# to 1024 channels take less memory than the operands.
 MAX_PIXELS_PER_PARTIAL = 16384
 _MIN_PIXELS_PER_PARTIAL = 512
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-
-_ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
+_BOX = 64  # pixels per matrix product
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def configure(pixels: int, k: int, columns: int, repeats: int, multiprocessors: 
         repeats: results of that size, one per tap where tiles do not run across taps.
         multiprocessors: of the GPU.
     """
-    block_k, block_c, block_p = block(k, 128), block(columns, 128), block(pixels, 64)
+    block_k, block_c, block_p = block(k, 128), block(columns, 128), block(pixels, _BOX)
     tiles = repeats * math.ceil(k / block_k) * math.ceil(columns / block_c)
     splits = math.ceil(multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR / tiles)
     return Config(
@@ -160,9 +159,9 @@ def box_of(grad: Tensor, x: Tensor, stride: Sequence[int]) -> tuple[int, int] | 
     if tuple(stride) != (1, 1) or not (_boxes_reach(grad) and _boxes_reach(x)):
         return None
     h, w = grad.shape[2:]
-    columns = min(w & -w, 64)
-    rows = min(h & -h, 64 // columns)
-    return (rows, columns) if rows * columns >= 16 else None
+    columns = min(w & -w, _BOX)
+    rows = min(h & -h, _BOX // columns)
+    return (rows, columns) if rows * columns == _BOX else None
 
 
 def _boxes_reach(tensor: Tensor) -> bool:
@@ -271,7 +270,7 @@ def _sum_partials(partials: Tensor, result: Tensor) -> None:
     # One program owns one block of elements, in all splits.
     sum_partials_kernel[(triton.cdiv(rows * c, block_e),)](
         *(partials, result, splits, rows * c, result.stride(0)),
-        *(c, block_s, block_e, _ACCUMULATORS[result.dtype]),
+        *(c, block_s, block_e, accumulator_type(result)),
     )
 
 
@@ -293,7 +292,7 @@ def upcast(tensor: Tensor) -> bool:
 
 def accumulator_type(tensor: Tensor) -> tl.dtype:
     """Triton's name of the dtype that sums of this tensor are accumulated in."""
-    return _ACCUMULATORS[accumulator(tensor.dtype)]
+    return tl.float64 if accumulator(tensor.dtype) == torch.float64 else tl.float32
 
 
 def builds() -> list[Build]:
