@@ -86,7 +86,7 @@ def test_an_element_left_unwritten_is_caught(monkeypatch: pytest.MonkeyPatch) ->
 RUNNABLE = [case for case in CASES if runnable(case, "triton")]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["nhwc", pytest.param("nchw", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", RUNNABLE, ids=lambda case: case.id)
 def test_cases_between_bands(case: Case, layout: str) -> None:
     assert check_case(case, "triton", torch.float32, LAYOUTS[layout])

@@ -144,11 +144,10 @@ def test_backward_in_another_thread_outside_the_with(spied: list[tuple[str, str]
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_two_runs_have_the_same_bits(dtype: torch.dtype) -> None:
+def test_two_runs_have_the_same_bits() -> None:
     plain = lively(randomised(reference.ResUNet(3, 2, **NARROW)))
-    x = image(1, 3, 16, 16).to(dtype)
-    one, other = (by_triton(copied(plain, rf.ResUNet, dtype), x) for _ in range(2))
+    x = image(1, 3, 8, 10).half()
+    one, other = (by_triton(copied(plain, rf.ResUNet, x.dtype), x) for _ in range(2))
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert (value is None and other[name] is None) or torch.equal(value, other[name]), name
