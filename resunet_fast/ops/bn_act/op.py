@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import cpu_refusals, cuda_refusals
 from ..double_backward import save_inputs, through
 from ..layout import accumulator, empty, layout_of
-from . import cpu, reference
+from . import compiled, reference
 
 GRADIENTS = 6  # input, weight, bias, residual, residual_weight, residual_bias
 
@@ -216,10 +216,12 @@ BN_ACT = Operator(
     backward=_backward,
 )
 BN_ACT.add(
-    Implementation("cpu", cpu.forward, cpu_refusals),
+    Implementation("cuda", compiled.forward, cuda_refusals),
+    Implementation("cpu", compiled.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )
 BN_ACT_BACKWARD.add(
-    Implementation("cpu", cpu.backward, cpu_refusals),
+    Implementation("cuda", compiled.backward, cuda_refusals),
+    Implementation("cpu", compiled.backward, cpu_refusals),
     Implementation("reference", reference.backward),
 )

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
-from ..bn_act import cpu as bn_act_cpu
+from ..backends import cpu_refusals, cuda_refusals
+from ..bn_act import compiled as bn_act_compiled
 from ..bn_act import op as bn_act
 from ..bn_act import reference as bn_act_reference
 from ..conv2d import cpu as conv2d_cpu
+from ..conv2d import cuda as conv2d_cuda
 from ..conv2d import op as conv2d
 from ..conv2d import reference as conv2d_reference
 
@@ -111,6 +112,7 @@ BN_ACT_CONV = Operator(
     backward=_backward,
 )
 BN_ACT_CONV.add(
-    Implementation("cpu", _composed(bn_act_cpu.forward, conv2d_cpu.forward), cpu_refusals),
+    Implementation("cuda", _composed(bn_act_compiled.forward, conv2d_cuda.forward), cuda_refusals),
+    Implementation("cpu", _composed(bn_act_compiled.forward, conv2d_cpu.forward), cpu_refusals),
     Implementation("reference", _composed(bn_act_reference.forward, conv2d_reference.forward)),
 )

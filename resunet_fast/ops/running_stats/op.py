@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
-from . import cpu, reference
+from ..backends import cpu_refusals, cuda_refusals
+from . import compiled, reference
 
 
 def _fake(*_: Any) -> None:
@@ -21,6 +21,7 @@ UPDATE_RUNNING_STATS = Operator(
     fake=_fake,
 )
 UPDATE_RUNNING_STATS.add(
-    Implementation("cpu", cpu.update, cpu_refusals),
+    Implementation("cuda", compiled.update, cuda_refusals),
+    Implementation("cpu", compiled.update, cpu_refusals),
     Implementation("reference", reference.update),
 )

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import cpu_refusals, cuda_refusals
 from ..layout import empty, layout_of
-from . import cpu, reference
+from . import compiled, reference
 
 
 def _fake(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
@@ -55,10 +55,12 @@ UPSAMPLE_BACKWARD = Operator(
     backward=_double_backward,
 )
 UPSAMPLE.add(
-    Implementation("cpu", cpu.forward, cpu_refusals),
+    Implementation("cuda", compiled.forward, cuda_refusals),
+    Implementation("cpu", compiled.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )
 UPSAMPLE_BACKWARD.add(
-    Implementation("cpu", cpu.backward, cpu_refusals),
+    Implementation("cuda", compiled.backward, cuda_refusals),
+    Implementation("cpu", compiled.backward, cpu_refusals),
     Implementation("reference", reference.backward),
 )
