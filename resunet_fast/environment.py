@@ -5,6 +5,8 @@
 | RESUNET_FAST_ISA | at the first native call | highest instruction set: default, avx2 or avx512 |
 | RESUNET_FAST_DISABLE_NATIVE | at the first use | 1: do not load the compiled library |
 | RESUNET_FAST_REQUIRE_EXT | by setup.py | 1: fail instead of installing without the library |
+| RESUNET_FAST_CUDA | by setup.py | 0: do not build the CUDA library |
+| RESUNET_FAST_CUDA_ARCHS | by setup.py | compute capabilities, such as "80 90" |
 | TRITON_INTERPRET | when Triton is imported | 1: Triton kernels are interpreted, on the CPU too |
 """
 

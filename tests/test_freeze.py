@@ -195,7 +195,9 @@ def test_verification() -> None:
     for dtype in (None, torch.float64, torch.bfloat16):
         rf.freeze(model, dtype, verify=x)
     x[0, 0, 0, 0] = torch.nan
-    with pytest.raises(rf.FrozenError, match=r"^verify: .*float32 is off by .*, the model itself by nan"):
+    with pytest.raises(
+        rf.FrozenError, match=r"^verify: .*float32 is off by .*, the model itself by nan"
+    ):
         rf.freeze(model, verify=x)
 
 

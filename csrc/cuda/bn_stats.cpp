@@ -9,10 +9,10 @@ void bn_stats(const Tensor& input, const Tensor& mean, const Tensor& var) {
   const Image image = image_of(input, images);
   const int width = width_of(images, run_length(image), {input.data_ptr()});
   const Sweep sweep = sweep_of(image, width, kReductionBlocks);
-  const Tensor partials = scratch(input, images.dtype(), 2 * slots_of(sweep) * image.c);
+  const Tensor partials = scratch(input, ScalarType::Double, 2 * slots_of(sweep) * image.c);
   stats(
-      {sweep, dtype_of(images.dtype()), input.data_ptr(), partials.mutable_data_ptr(),
-       vector_of(mean), vector_of(var)},
+      {sweep, dtype_of(images.dtype()), input.data_ptr(),
+       static_cast<double*>(partials.mutable_data_ptr()), vector_of(mean), vector_of(var)},
       device.stream());
 }
 

@@ -24,12 +24,12 @@ struct Norm {
   double eps;
 };
 
-// partials: [2][slots][channels] in the accumulation type, mean and squared distances of each slot.
+// partials: [2][slots][channels], mean and squared distances of each slot.
 struct StatsArgs {
   Sweep sweep;
   DType dtype;
   const void* input;
-  void* partials;
+  double* partials;
   Vector mean;
   Vector var;
 };
@@ -47,8 +47,8 @@ struct ForwardArgs {
   Norm shortcut;
 };
 
-// Coefficients that grad_sums leaves for grad: [4][channels] in the accumulation type, mean gradient
-// and slope of the input and of the residual (see batch_norm_grad).
+// coefficients: what grad_sums leaves for grad, [4][channels] in the accumulation type, mean gradient
+// and slope (see batch_norm_grad) of the input and of the residual.
 //
 // partials: [3][slots][channels], sums of g, g * (input - mean) and g * (residual - residual mean).
 // Each gradient is null unless it is wanted.

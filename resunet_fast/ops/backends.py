@@ -27,6 +27,20 @@ def cpu_refusals(*inputs: Any) -> list[str]:
     return reasons
 
 
+def cuda_refusals(*inputs: Any) -> list[str]:
+    """What the CUDA C++ implementations have against some operator arguments."""
+    reasons = list(native.cuda_unavailable())
+    for tensor in inputs:
+        if isinstance(tensor, Tensor):
+            if not tensor.is_cuda:
+                return [*reasons, f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
+            if tensor.dtype not in NATIVE_DTYPES and tensor.dtype != torch.int64:
+                return [*reasons, f"it has no {tensor.dtype} kernels"]
+    # The first argument of every operator is a tensor, or None next to one on the same device.
+    device = next(tensor.device for tensor in inputs if isinstance(tensor, Tensor))
+    return reasons or native.device_refusals(device)
+
+
 def triton_unavailable() -> list[str]:
     """Why no Triton kernel can run on this machine (empty: they can)."""
     if not environment.triton_installed():
@@ -96,4 +110,5 @@ def deferred(module: str, function: str) -> Callable[..., Any]:
 register_backend("reference", nothing)
 register_backend("cpu", native.unavailable)
 register_backend("cudnn", cudnn_unavailable)
+register_backend("cuda", native.cuda_unavailable)
 register_backend("triton", triton_unavailable)

@@ -19,9 +19,11 @@ __device__ __forceinline__ Moments<A> add_values(
   return merge(moments, moments_from_sums(static_cast<A>(count), shift, sum, squares));
 }
 
+// Moments of x - shift of a thread's positions.
 template <class T, int kWidth>
 __device__ __forceinline__ void add_positions(
-    const StatsArgs& args, const Tile& tile, const Lane& lane, Moments<Acc<T>> (&moments)[kWidth]) {
+    const StatsArgs& args, const Tile& tile, const Lane& lane, const Acc<T> (&shift)[kWidth],
+    Moments<Acc<T>> (&moments)[kWidth]) {
   const Sweep& sweep = args.sweep;
   const T* input = static_cast<const T*>(args.input) + lane.offset;
   for (int64_t p = tile.begin + lane.row; p < tile.end; p += kUnroll * sweep.rows) {
@@ -36,9 +38,22 @@ __device__ __forceinline__ void add_positions(
     for (int k = 0; k < kWidth; ++k) {
       Acc<T> values[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) values[u] = get(x[u].values[k]);
+      for (int u = 0; u < kUnroll; ++u) values[u] = get(x[u].values[k]) - shift[k];
       moments[k] = add_values(moments[k], values, count);
     }
+  }
+}
+
+// A block's shift, one value of the tile per channel: a mean far from zero would be rounded more
+// than the deviations that are computed from it.
+template <class T, int kWidth>
+__device__ __forceinline__ void choose_shift(
+    const StatsArgs& args, const Tile& tile, const Lane& lane, Acc<T> (&shift)[kWidth]) {
+  const T* first = static_cast<const T*>(args.input) + lane.offset;
+  const auto values = load<T, kWidth>(first + tile.begin * args.sweep.position_step);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    shift[k] = finite_or_zero(get(values.values[parameter_of(args.sweep, k)]));
   }
 }
 
@@ -49,41 +64,44 @@ __global__ void __launch_bounds__(kThreads) bn_stats_kernel(const StatsArgs args
   const Sweep& sweep = args.sweep;
   const Tile tile = tile_of(sweep, blockIdx.x);
   const Lane lane = lane_of(sweep, tile.group, threadIdx.x);
+  A shift[kWidth] = {};
   Moments<A> moments[kWidth] = {};
-  if (lane.active) add_positions<T, kWidth>(args, tile, lane, moments);
+  if (lane.active) {
+    choose_shift<T, kWidth>(args, tile, lane, shift);
+    add_positions<T, kWidth>(args, tile, lane, shift, moments);
+  }
   join_rows(sweep, lane, moments, shared, [](Moments<A> a, Moments<A> b) { return merge(a, b); });
   if (!lane.active || lane.row > 0) return;
-  const Slice slice = slice_of(sweep, tile.group);
-  A* mean = static_cast<A*>(args.partials) + slot_of(sweep, tile) * sweep.channels + slice.first;
-  A* m2 = mean + slots_of(sweep) * sweep.channels;
+  const int64_t at = slot_of(sweep, tile) * sweep.channels + slice_of(sweep, tile.group).first;
+  double* mean = args.partials + at;
+  double* m2 = mean + slots_of(sweep) * sweep.channels;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     if (k > 0 && !sweep.channels_last) break;
-    mean[lane.local + k] = moments[k].mean;
-    m2[lane.local + k] = moments[k].m2;
+    mean[lane.local + k] = static_cast<double>(shift[k]) + static_cast<double>(moments[k].mean);
+    m2[lane.local + k] = static_cast<double>(moments[k].m2);
   }
 }
 
 // The moments of all slots about the first one's mean, in double.
-template <class A>
 __global__ void __launch_bounds__(kThreads) bn_stats_finish_kernel(const StatsArgs args) {
   const Sweep& sweep = args.sweep;
   const int64_t c = blockIdx.x * static_cast<int64_t>(kFinishChannels) +
                     threadIdx.x % kFinishChannels;
   const int64_t slots = slots_of(sweep);
-  const A* mean = static_cast<const A*>(args.partials) + c;
-  const A* m2 = mean + slots * sweep.channels;
+  const double* mean = args.partials + c;
+  const double* m2 = mean + slots * sweep.channels;
   const bool filled = c < sweep.channels && slots > 0;
-  const double shift = filled ? finite_or_zero(static_cast<double>(mean[0])) : 0.0;
+  const double shift = filled ? finite_or_zero(mean[0]) : 0.0;
   double sums[3] = {0.0, 0.0, 0.0};
   if (filled) {
 #pragma unroll 4
     for (int64_t slot = threadIdx.x / kFinishChannels; slot < slots; slot += kFinishRows) {
       const double count = static_cast<double>(slot_elements(sweep, slot));
-      const double distance = static_cast<double>(mean[slot * sweep.channels]) - shift;
+      const double distance = mean[slot * sweep.channels] - shift;
       sums[0] += count;
       sums[1] += count * distance;
-      sums[2] += count * distance * distance + static_cast<double>(m2[slot * sweep.channels]);
+      sums[2] += count * distance * distance + m2[slot * sweep.channels];
     }
   }
   add_finish_rows(sums);
@@ -106,9 +124,7 @@ void stats(const StatsArgs& args, void* stream) {
   });
   // A block merges all partials of 16 channels.
   const int64_t blocks = divide_up(args.sweep.channels, kFinishChannels);
-  const auto finish = args.dtype == kFloat64 ? &bn_stats_finish_kernel<double>
-                                             : &bn_stats_finish_kernel<float>;
-  launch(finish, blocks, kThreads, stream, args);
+  launch(&bn_stats_finish_kernel, blocks, kThreads, stream, args);
 }
 
 }  // namespace rf::cuda

@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, deferred, triton_declines, triton_refusals
+from ..backends import (
+    cpu_refusals,
+    cuda_refusals,
+    deferred,
+    triton_declines,
+    triton_refusals,
+)
 from ..double_backward import save_inputs, through
 from ..layout import accumulator, empty, layout_of
-from . import cpu, reference
+from . import compiled, reference
 
 GRADIENTS = 6  # input, weight, bias, residual, residual_weight, residual_bias
 
@@ -217,12 +223,14 @@ BN_ACT = Operator(
 )
 _TRITON = "resunet_fast.ops.bn_act.triton_kernel"
 BN_ACT.add(
+    Implementation("cuda", compiled.forward, cuda_refusals),
     Implementation("triton", deferred(_TRITON, "forward"), triton_refusals, triton_declines),
-    Implementation("cpu", cpu.forward, cpu_refusals),
+    Implementation("cpu", compiled.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )
 BN_ACT_BACKWARD.add(
+    Implementation("cuda", compiled.backward, cuda_refusals),
     Implementation("triton", deferred(_TRITON, "backward"), triton_refusals, triton_declines),
-    Implementation("cpu", cpu.backward, cpu_refusals),
+    Implementation("cpu", compiled.backward, cpu_refusals),
     Implementation("reference", reference.backward),
 )

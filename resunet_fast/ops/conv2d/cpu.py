@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import native
 from ..layout import dense, layout_of
-from ..upsample import cpu as upsample
+from ..upsample import compiled as upsample
 
 # With more weights than this per position, oneDNN's weight gradient spends its time moving weights,
 # and one matrix product per tap is faster (measured on AVX-512 without AMX, weight gradient alone:
@@ -25,7 +25,8 @@ from ..upsample import cpu as upsample
 _TAP_PRODUCTS_MIN_WEIGHTS_PER_POSITION = 1024
 
 
-def _source(input: Tensor, skip: Tensor | None, mode: str) -> Tensor:
+def source(input: Tensor, skip: Tensor | None, mode: str) -> Tensor:
+    """The tensor that is convolved: the input, or both sources in one buffer."""
     if skip is None:
         return input
     if mode == "none":
@@ -56,7 +57,7 @@ def forward(
     upsample_mode: str,
 ) -> Tensor:
     """Compute as the reference does."""
-    x = _source(input, skip, upsample_mode)
+    x = source(input, skip, upsample_mode)
     shift = None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, as_dtype(weight, x.dtype), shift, stride, padding, dilation, groups)
 
@@ -75,7 +76,7 @@ def backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Compute as the reference does."""
-    x = _source(input, skip, upsample_mode)
+    x = source(input, skip, upsample_mode)
     w = as_dtype(weight, x.dtype)
     wants_x = output_mask[0] or output_mask[1]
     by_taps = output_mask[2] and _prefers_tap_products(x, w, stride, padding, dilation, groups)

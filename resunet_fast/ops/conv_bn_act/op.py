@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, deferred
-from ..bn_act import cpu as bn_act_cpu
+from ..backends import cpu_refusals, cuda_refusals, deferred
+from ..bn_act import compiled as bn_act_compiled
 from ..bn_act import op as bn_act
 from ..bn_act import reference as bn_act_reference
 from ..conv2d import cpu as conv2d_cpu
+from ..conv2d import cuda as conv2d_cuda
 from ..conv2d import gpu
 from ..conv2d import op as conv2d
 from ..conv2d import reference as conv2d_reference
@@ -98,7 +99,10 @@ CONV_BN_ACT.add(
         *gpu.triton(gpu.conv_bn_act),
     ),
     Implementation(
-        "cpu", composed(conv2d_cpu.forward, bn_act_cpu.forward, in_place=True), cpu_refusals
+        "cuda", composed(conv2d_cuda.forward, bn_act_compiled.forward, in_place=True), cuda_refusals
+    ),
+    Implementation(
+        "cpu", composed(conv2d_cpu.forward, bn_act_compiled.forward, in_place=True), cpu_refusals
     ),
     Implementation(
         "reference",

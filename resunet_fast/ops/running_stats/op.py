@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, deferred, triton_declines, triton_refusals
-from . import cpu, reference
+from ..backends import (
+    cpu_refusals,
+    cuda_refusals,
+    deferred,
+    triton_declines,
+    triton_refusals,
+)
+from . import compiled, reference
 
 
 def _fake(*_: Any) -> None:
@@ -22,7 +28,8 @@ UPDATE_RUNNING_STATS = Operator(
 )
 _TRITON = "resunet_fast.ops.running_stats.triton_kernel"
 UPDATE_RUNNING_STATS.add(
+    Implementation("cuda", compiled.update, cuda_refusals),
     Implementation("triton", deferred(_TRITON, "update"), triton_refusals, triton_declines),
-    Implementation("cpu", cpu.update, cpu_refusals),
+    Implementation("cpu", compiled.update, cpu_refusals),
     Implementation("reference", reference.update),
 )

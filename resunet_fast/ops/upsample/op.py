@@ -8,9 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals, deferred, triton_declines, triton_refusals
+from ..backends import (
+    cpu_refusals,
+    cuda_refusals,
+    deferred,
+    triton_declines,
+    triton_refusals,
+)
 from ..layout import empty, layout_of
-from . import cpu, reference
+from . import compiled, reference
 
 
 def _fake(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
@@ -56,12 +62,14 @@ UPSAMPLE_BACKWARD = Operator(
 )
 _TRITON = "resunet_fast.ops.upsample.triton_kernel"
 UPSAMPLE.add(
+    Implementation("cuda", compiled.forward, cuda_refusals),
     Implementation("triton", deferred(_TRITON, "forward"), triton_refusals, triton_declines),
-    Implementation("cpu", cpu.forward, cpu_refusals),
+    Implementation("cpu", compiled.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )
 UPSAMPLE_BACKWARD.add(
+    Implementation("cuda", compiled.backward, cuda_refusals),
     Implementation("triton", deferred(_TRITON, "backward"), triton_refusals, triton_declines),
-    Implementation("cpu", cpu.backward, cpu_refusals),
+    Implementation("cpu", compiled.backward, cpu_refusals),
     Implementation("reference", reference.backward),
 )

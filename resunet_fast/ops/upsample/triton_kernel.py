@@ -22,7 +22,13 @@ def forward(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
     return concatenate(input, None, size, mode)
 
 
-def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: str) -> Tensor:
+def concatenate(
+    input: Tensor,
+    skip: Tensor | None,
+    size: Sequence[int],
+    mode: str,
+    layout: torch.memory_format | None = None,
+) -> Tensor:
     """Resize `input` and put `skip` behind it along the channels, in one pass.
 
     Args:
@@ -30,11 +36,12 @@ def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: s
         skip: [N, S, H', W'], same dtype, or None.
         size: (H', W').
         mode: one of MODES.
+        layout: of the result; None takes the input's.
 
     Returns:
-        [N, C + S, H', W'] in the layout of `input`.
+        [N, C + S, H', W'].
     """
-    layout = layout_of(input)
+    layout = layout or layout_of(input)
     x, behind = dense(input, layout), None if skip is None else dense(skip, layout)
     n, c, h, w = x.shape
     s = 0 if behind is None else behind.shape[1]

@@ -7,10 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import cpu_refusals
+from ..backends import (
+    cpu_refusals,
+    cuda_refusals,
+    deferred,
+    triton_declines,
+    triton_refusals,
+)
 from ..layout import dense, empty, layout_of
 from ..upsample.op import UPSAMPLE_BACKWARD
-from . import cpu, reference
+from . import compiled, reference
 
 
 def _fake(input: Tensor, skip: Tensor, mode: str) -> Tensor:
@@ -42,6 +48,13 @@ UPSAMPLE_CONCAT = Operator(
     backward=_backward,
 )
 UPSAMPLE_CONCAT.add(
-    Implementation("cpu", cpu.forward, cpu_refusals),
+    Implementation("cuda", compiled.forward, cuda_refusals),
+    Implementation(
+        "triton",
+        deferred("resunet_fast.ops.upsample_concat.triton_kernel", "forward"),
+        triton_refusals,
+        triton_declines,
+    ),
+    Implementation("cpu", compiled.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )

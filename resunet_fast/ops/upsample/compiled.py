@@ -1,4 +1,4 @@
-"""Upsampling by the compiled CPU library; the backward is a gather, hence deterministic."""
+"""Upsampling by the compiled libraries, CPU or CUDA; the backward is a deterministic gather."""
 
 from __future__ import annotations
 

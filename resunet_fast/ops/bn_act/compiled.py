@@ -1,4 +1,4 @@
-"""bn_act by the compiled CPU library: two sweeps over memory forward, two backward."""
+"""bn_act by the compiled libraries, CPU or CUDA: two sweeps over memory forward, two backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running statistics by the compiled CPU library, in one call."""
+"""Running statistics by the compiled libraries, CPU or CUDA, in one call."""
 
 from __future__ import annotations
 
