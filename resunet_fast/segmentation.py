@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from .checkpoint import Normalisation, SavedModel, load
 from .images import Array, ImageLike, Pixels, read_stored, to_float, with_channels
+from .models import Wiring
 from .tiling import Plane, bands, cell_size
+from .windows import windowed
 
 Network = Callable[[Tensor], Tensor]
 
@@ -224,20 +226,28 @@ class _Solver:
     def __call__(self, windows: Sequence[tuple[slice, slice]]) -> list[Plane]:
         inputs = [with_channels(to_float(self.pixels[w]), self.channels) for w in windows]
         batch = torch.from_numpy(np.stack(inputs).transpose(0, 3, 1, 2).copy())
-        logits = self._forward(self.normalisation(batch))
+        logits = self._forward(self._network_for(windows), self.normalisation(batch))
         if logits.shape[1] != 1:
             raise SegmentationError(f"expected a model with one class, got {logits.shape[1]}")
         if not bool(torch.isfinite(logits).all()):
             raise SegmentationError("the model's output is not finite: its weights are damaged")
         return list(torch.sigmoid(logits[:, 0]).numpy())
 
-    def _forward(self, batch: Tensor) -> Tensor:
-        if isinstance(self.network, nn.Module) and self.network.training:
+    def _network_for(self, windows: Sequence[tuple[slice, slice]]) -> Network:
+        height, width = self.pixels.shape[:2]
+        if windows[0] == (slice(0, height), slice(0, width)) or not isinstance(
+            self.network, Wiring
+        ):
+            return self.network
+        return windowed(self.network, windows, (height, width))
+
+    def _forward(self, network: Network, batch: Tensor) -> Tensor:
+        if isinstance(network, nn.Module) and network.training:
             raise SegmentationError("the network is in training mode: call its eval() first")
-        device = _device_of(self.network)
+        batch = batch.to(**_home(network))
         try:
-            with torch.inference_mode(), _precision(device, self.dtype):
-                return self.network(batch.to(device)).float().cpu()
+            with torch.inference_mode(), _precision(batch.device, self.dtype):
+                return network(batch).float().cpu()
         except (RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise SegmentationError(f"the model refuses the image: {reason}") from error
@@ -248,9 +258,11 @@ def _precision(device: torch.device, dtype: str) -> AbstractContextManager[objec
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
 
 
-def _device_of(network: Network) -> torch.device:
+def _home(network: Network) -> dict[str, Any]:
+    """Where and as what a network takes its input: like its first weight, if it has any."""
     if isinstance(network, nn.Module):
         # A frozen network may hold nothing but buffers.
         for tensor in chain(network.parameters(), network.buffers()):
-            return tensor.device
-    return torch.device("cpu")
+            if tensor.is_floating_point():
+                return {"device": tensor.device, "dtype": tensor.dtype}
+    return {}
