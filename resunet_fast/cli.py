@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None reads them from `sys.argv`.
 
     Returns:
-        The exit code: 0 fine, 1 a check failed, 2 wrong use or unusable input, 130 interrupted.
+        The exit code: 0 fine, 1 a check failed or some of the inputs could not be used, 2 wrong use
+        or nothing usable, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()

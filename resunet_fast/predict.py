@@ -6,213 +6,54 @@ import argparse
 import io
 import sys
 import time
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from tqdm import tqdm
 
-from resunet_fast.checkpoint import (
-    CheckpointError,
-    Normalisation,
-    SavedModel,
-    load,
-    write_atomically,
+from .checkpoint import CheckpointError, SavedModel, load, write_atomically
+from .images import ImageError
+from .segmentation import (
+    DTYPES,
+    Segmentation,
+    SegmentationError,
+    Settings,
+    pick_device,
+    segment,
 )
-from resunet_fast.images import ImageError, ImageLike, Pixels, read_image, with_channels
-
-_OVERLAY_COLOUR = np.array([255.0, 64.0, 32.0], dtype=np.float32)
+from .sources import ENDINGS, Job, NamingError, distinct, expand, plan
 
 
-class PredictionError(ValueError):
-    """A request that cannot be fulfilled; the message is one sentence that says why."""
+class _Parser(argparse.ArgumentParser):
+    """Wrong use is one line, like everything else that goes wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"predict: {message}\n")
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The segmentation of one image.
-
-    Attributes:
-        image: [H, W, C] float32 in [0, 1], as the network saw it before normalisation.
-        probability: [H, W] float32, of being foreground.
-        mask: [H, W] bool, where the probability reaches the threshold.
-        seconds: time of the forward pass.
-    """
-
-    image: Pixels
-    probability: Pixels
-    mask: NDArray[np.bool_]
-    seconds: float
-
-    @property
-    def foreground_share(self) -> float:
-        """Share of the pixels that are foreground, in [0, 1]."""
-        return float(self.mask.mean())
-
-    def mask_image(self) -> Image.Image:
-        """The mask as an 8-bit grey picture, 0 background and 255 foreground."""
-        return Image.fromarray(self.mask.astype(np.uint8) * np.uint8(255))
-
-    def overlay_image(self) -> Image.Image:
-        """The image with the foreground tinted, as 8-bit RGB."""
-        shown = self.image if self.image.shape[2] == 3 else self.image.mean(axis=2, keepdims=True)
-        shown = np.broadcast_to(shown * np.float32(255), (*self.mask.shape, 3)).copy()
-        shown[self.mask] = 0.45 * shown[self.mask] + 0.55 * _OVERLAY_COLOUR
-        return Image.fromarray(np.rint(shown).astype(np.uint8))
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn "auto", "cpu" or "cuda" into a device that exists.
-
-    Args:
-        name: "auto" takes the GPU if torch can use one.
-
-    Raises:
-        PredictionError: "cuda" was asked for and torch cannot use it.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise PredictionError("device 'cuda' was asked for, but torch finds no usable CUDA GPU")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def predict(
-    model: str | Path | SavedModel | nn.Module,
-    image: ImageLike,
-    *,
-    threshold: float = 0.5,
-    device: str = "auto",
-) -> Prediction:
-    """Segment one image of any size.
-
-    `mask = sigmoid(network((x - mean) / std)) >= threshold`
-
-    Args:
-        model: a model directory, or what `checkpoint.load` returned (it stays on its device), or
-            a bare network in evaluation mode that takes values in [0, 1].
-        image: see `images.read_image`.
-        threshold: probability from which a pixel is foreground, in (0, 1).
-        device: "auto", "cpu" or "cuda"; read only when `model` is a directory.
-
-    Returns:
-        The prediction, on the CPU.
-
-    Raises:
-        CheckpointError: the model directory cannot be used.
-        ImageError: the image cannot be read or has the wrong number of channels.
-        PredictionError: the model refuses the image, or an argument is out of range.
-    """
-    if not 0.0 < threshold < 1.0:
-        raise PredictionError(f"the threshold must lie between 0 and 1, got {threshold}")
-    if isinstance(model, str | Path):
-        model = load(model, pick_device(device))
-    pixels = read_image(image)
-    if isinstance(model, SavedModel):
-        pixels = with_channels(pixels, model.config.in_channels)
-        network, normalisation = model.network, model.config.normalisation
-    else:
-        channels = pixels.shape[2]
-        network, normalisation = model, Normalisation((0.0,) * channels, (1.0,) * channels)
-    batch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
-    logits, seconds = _forward(network, normalisation(batch))
-    probability: Pixels = torch.sigmoid(logits).numpy()
-    return Prediction(pixels, probability, probability >= threshold, seconds)
-
-
-def _forward(network: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
-    """Logits [H, W] on the CPU and the seconds that they took."""
-    # A frozen network may hold nothing but buffers.
-    device = next(chain(network.parameters(), network.buffers())).device
-    if network.training:
-        raise PredictionError("the network is in training mode: call its eval() first")
-    start = time.perf_counter()
-    try:
-        with torch.inference_mode():
-            logits = network(batch.to(device)).float().cpu()
-    except (RuntimeError, ValueError) as error:
-        raise PredictionError(f"the model refuses the image: {_first_line(error)}") from error
-    seconds = time.perf_counter() - start
-    if logits.shape[1] != 1:
-        raise PredictionError(f"expected a model with one class, got {logits.shape[1]}")
-    if not bool(torch.isfinite(logits).all()):
-        raise PredictionError("the model's output is not finite: its weights are damaged")
-    return logits[0, 0], seconds
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One image of the command line and where its results go."""
-
-    source: Path
-    mask: Path
-    overlay: Path
-
-
-def _plan(sources: list[Path], out: Path) -> list[_Job]:
-    """Name all results; refuse before any work what would overwrite an input or another result."""
-    if out.suffix.lower() == ".png" and not out.is_dir():
-        if len(sources) > 1:
-            raise PredictionError(
-                f"--out {out} names one file, but {len(sources)} images were given: "
-                "name a directory"
-            )
-        jobs = [_Job(sources[0], out, out.with_name(f"{out.stem}_overlay.png"))]
-    else:
-        jobs = [
-            _Job(source, out / f"{source.stem}_mask.png", out / f"{source.stem}_overlay.png")
-            for source in sources
-        ]
-    targets = [path.resolve() for job in jobs for path in (job.mask, job.overlay)]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise PredictionError(f"two of the images would both be written to {target.name}")
-        if target in [source.resolve() for source in sources]:
-            raise PredictionError(f"the result {target.name} would overwrite an input image")
-    return jobs
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _run(job: _Job, model: SavedModel, threshold: float) -> str:
-    """Segment one file, write both pictures and return the line to print."""
-    pixels = read_image(job.source)
-    try:
-        result = predict(model, pixels, threshold=threshold)
-    except (ImageError, PredictionError) as error:
-        raise PredictionError(f"{job.source}: {error}") from error
-    job.mask.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(job.mask, _png(result.mask_image()))
-    write_atomically(job.overlay, _png(result.overlay_image()))
-    height, width = result.mask.shape
-    return (
-        f"{job.source}: {width} x {height} pixels, foreground {result.foreground_share:.1%}, "
-        f"{result.seconds * 1e3:.0f} ms -> {job.mask}, {job.overlay}"
-    )
+def _kinds(text: str) -> list[str]:
+    kinds = text.split(",")
+    for kind in kinds:
+        if kind not in ENDINGS:
+            raise argparse.ArgumentTypeError(f"expected some of {list(ENDINGS)}, got {kind!r}")
+    return list(dict.fromkeys(kinds))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m resunet_fast predict",
-        description="Segment photographs with a saved model; writes NAME_mask.png (0 or 255) and "
-        "NAME_overlay.png for each.",
-        epilog="Any size. Grey, palette and transparent pictures (laid over white) become RGB, "
-        "16-bit ones are scaled by 65535. An image that cannot be used is reported in one line "
-        "and the others are still done; the exit code is then 2.",
+        description="Segment images with a saved model; writes NAME_mask.png (0 or 255) and "
+        "NAME_overlay.png for each, and more with --save.",
+        epilog="PNG, JPEG, TIFF and .npy of any size. An image that cannot be used is reported in "
+        "one line and the others are still done. Exit code: 0, 1 when some images could not be "
+        "used, 2 when none could, or for wrong use.",
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="image")
+    parser.add_argument(
+        "images", nargs="+", metavar="image", help="file, folder, or pattern such as 'a/**/*.png'"
+    )
     parser.add_argument("--model", required=True, type=Path, help="directory that demo wrote")
     parser.add_argument(
         "--out",
@@ -220,14 +61,35 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("runs/predict"),
         help="directory, or for one image the mask's file name ending in .png (%(default)s)",
     )
+    parser.add_argument(
+        "--save",
+        type=_kinds,
+        default=["mask", "overlay"],
+        metavar="KINDS",
+        help=f"what to write, separated by commas, of {', '.join(ENDINGS)} (mask,overlay)",
+    )
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="(%(default)s)")
     parser.add_argument(
         "--threshold",
         type=float,
         default=0.5,
         help="probability from which a pixel is foreground (%(default)s)",
     )
-    return parser
+    parser.add_argument(
+        "--tile",
+        type=int,
+        help="height and width of the tiles in pixels (512; small images are done whole)",
+    )
+    parser.add_argument(
+        "--overlap", type=int, help="pixels that neighbouring tiles share (a quarter of a tile)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="tiles at a time (%(default)s)")
 
 
 def main(argv: list[str]) -> int:
@@ -237,25 +99,114 @@ def main(argv: list[str]) -> int:
         argv: the arguments after `predict`.
 
     Returns:
-        0, or 2 when the model or any of the images could not be used.
+        0; 1 when some of the images could not be used; 2 when none could, or the model or an
+        argument could not.
     """
     options = _parser().parse_args(argv)
+    names = ("threshold", "tile", "overlap", "batch", "dtype")
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    sources, failures = _collect(options.images)
+    if not sources:
+        return 2
     try:
-        if not 0.0 < options.threshold < 1.0:
-            raise PredictionError(f"--threshold must lie between 0 and 1, got {options.threshold}")
-        jobs = _plan(options.images, options.out)
+        jobs = plan(sources, options.out, options.save)
         model = load(options.model, pick_device(options.device))
-    except (CheckpointError, PredictionError) as error:
+    except (CheckpointError, SegmentationError, NamingError) as error:
         return _complain(error)
-    failed = False
-    for job in jobs:
+    try:
+        settings.check(model.network)
+    except SegmentationError as error:
+        return _complain(f"--{error}")
+    try:
+        done = _run(jobs, model, settings)
+    except OSError as error:
+        return _complain(f"cannot write to {options.out}: {error.strerror or error}")
+    if not done:
+        return 2
+    return 1 if failures or done < len(jobs) else 0
+
+
+def _collect(arguments: Sequence[str]) -> tuple[list[Path], int]:
+    """Every file that the arguments stand for, and how many arguments stand for none."""
+    files: list[Path] = []
+    failures = 0
+    for argument in arguments:
         try:
-            print(_run(job, model, options.threshold), flush=True)
-        except (ImageError, PredictionError) as error:
-            failed = bool(_complain(error))
-        except OSError as error:
-            return _complain(f"cannot write to {options.out}: {error.strerror or error}")
-    return 2 if failed else 0
+            files += expand(argument)
+        except (ImageError, OSError) as error:
+            failures += 1
+            _complain(error)
+    return distinct(files), failures
+
+
+def _run(jobs: Sequence[Job], model: SavedModel, settings: Settings) -> int:
+    """Segment and write one image after the other; return how many could be used."""
+    done, pixels, start = 0, 0, time.perf_counter()
+    with tqdm(total=len(jobs), desc="predict", unit="image", disable=None) as bar:
+        for job in jobs:
+            try:
+                result = _segment(job.source, model, settings, bar.set_postfix_str)
+            except (ImageError, SegmentationError) as error:
+                with tqdm.external_write_mode(sys.stderr):
+                    _complain(error)
+            else:
+                _write(job, result)
+                done, pixels = done + 1, pixels + result.probability.size
+                with tqdm.external_write_mode():
+                    print(_line(job, result), flush=True)
+            bar.update()
+            bar.set_postfix_str(f"{pixels / 1e6 / (time.perf_counter() - start):.2f} Mpx/s")
+    return done
+
+
+def _segment(
+    source: Path, model: SavedModel, settings: Settings, show: Callable[[str], object]
+) -> Segmentation:
+    def on_progress(share: float) -> None:
+        show(f"{source.name} {share:.0%}")
+
+    try:
+        return segment(model, source, on_progress=on_progress, **vars(settings))
+    except (ImageError, SegmentationError) as error:
+        if str(error).startswith(str(source)):
+            raise
+        raise SegmentationError(f"{source}: {error}") from error
+    except MemoryError as error:
+        raise SegmentationError(f"{source}: there is not enough memory for it") from error
+
+
+def _line(job: Job, result: Segmentation) -> str:
+    height, width = result.probability.shape
+    speed = height * width / 1e6 / max(result.seconds, 1e-9)
+    return (
+        f"{job.source}: {width} x {height} pixels, foreground {result.foreground_share:.1%}, "
+        f"{result.seconds * 1e3:.0f} ms ({speed:.2f} Mpx/s) -> "
+        f"{', '.join(map(str, job.results.values()))}"
+    )
+
+
+def _write(job: Job, result: Segmentation) -> None:
+    encode: dict[str, Callable[[], bytes]] = {
+        "mask": lambda: _png(result.mask_image()),
+        "overlay": lambda: _png(result.overlay_image()),
+        "probability": lambda: _npy(result.probability),
+        "probability-png": lambda: _png(result.probability_image()),
+    }
+    for kind, path in job.results.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, encode[kind]())
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _npy(array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _complain(problem: object) -> int:

@@ -20,7 +20,7 @@ from torch import nn
 from resunet_fast import checkpoint, cli
 from resunet_fast.checkpoint import CheckpointError, ModelConfig, Normalisation
 from resunet_fast.images import ImageError, read_image
-from resunet_fast.predict import PredictionError, predict
+from resunet_fast.segmentation import SegmentationError, segment
 
 
 def config_of(in_channels: int = 3, num_classes: int = 1) -> ModelConfig:
@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (17, 33), (64, 5), (40, 40)])
 def test_any_size(model_dir: Path, height: int, width: int) -> None:
-    result = predict(model_dir, random_pixels(height, width, 3), device="cpu")
+    result = segment(model_dir, random_pixels(height, width, 3), device="cpu")
     assert result.mask.shape == result.probability.shape == (height, width)
     assert result.mask.dtype == np.bool_
     assert np.array_equal(result.mask, result.probability >= 0.5)
@@ -132,17 +132,17 @@ def test_prediction_is_the_network_on_normalised_pixels(model_dir: Path) -> None
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         expected = torch.sigmoid(model.network((x - 0.4) / 0.25))[0, 0].numpy()
-    np.testing.assert_allclose(predict(model, pixels).probability, expected, atol=1e-5)
+    np.testing.assert_allclose(segment(model, pixels).probability, expected, atol=1e-5)
 
 
 def test_threshold_moves_the_mask(model_dir: Path) -> None:
     pixels = random_pixels(16, 16, 3)
-    probability = predict(model_dir, pixels, device="cpu").probability
+    probability = segment(model_dir, pixels, device="cpu").probability
     middle = float(np.median(probability))
-    result = predict(model_dir, pixels, threshold=middle, device="cpu")
+    result = segment(model_dir, pixels, threshold=middle, device="cpu")
     assert 0.4 < result.foreground_share < 0.6
-    with pytest.raises(PredictionError, match="between 0 and 1, got 1"):
-        predict(model_dir, pixels, threshold=1.0)
+    with pytest.raises(SegmentationError, match="between 0 and 1, got 1"):
+        segment(model_dir, pixels, threshold=1.0)
 
 
 def test_a_bare_network_takes_plain_pixels() -> None:
@@ -150,21 +150,21 @@ def test_a_bare_network_takes_plain_pixels() -> None:
     pixels = random_pixels(6, 7, 3)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     expected = torch.sigmoid(network(x))[0, 0].detach().numpy()
-    np.testing.assert_allclose(predict(network, pixels).probability, expected, atol=1e-6)
-    with pytest.raises(PredictionError, match="training mode"):
-        predict(network.train(), pixels)
+    np.testing.assert_allclose(segment(network, pixels).probability, expected, atol=1e-6)
+    with pytest.raises(SegmentationError, match="training mode"):
+        segment(network.train(), pixels)
 
 
 def test_output_that_is_not_finite_is_refused() -> None:
     network = nn.Conv2d(3, 1, 1).eval()
     nn.init.constant_(network.weight, float("nan"))
-    with pytest.raises(PredictionError, match="not finite"):
-        predict(network, random_pixels(4, 4, 3))
+    with pytest.raises(SegmentationError, match="not finite"):
+        segment(network, random_pixels(4, 4, 3))
 
 
 def test_a_model_with_several_classes_is_refused() -> None:
-    with pytest.raises(PredictionError, match="one class, got 2"):
-        predict(nn.Conv2d(3, 2, 1).eval(), random_pixels(4, 4, 3))
+    with pytest.raises(SegmentationError, match="one class, got 2"):
+        segment(nn.Conv2d(3, 2, 1).eval(), random_pixels(4, 4, 3))
 
 
 # Reading images
@@ -254,7 +254,7 @@ def test_command_writes_mask_and_overlay_and_one_line_each(
     assert run("predict", "--model", model_dir, photo, other, "--out", tmp_path / "out") == 0
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["other_mask.png", "other_overlay.png", "photo_mask.png", "photo_overlay.png"]
-    result = predict(model_dir, photo)
+    result = segment(model_dir, photo)
     mask = np.asarray(Image.open(tmp_path / "out" / "photo_mask.png"))
     np.testing.assert_array_equal(mask, result.mask * np.uint8(255))
     with Image.open(tmp_path / "out" / "photo_overlay.png") as overlay:
@@ -272,8 +272,8 @@ def test_out_may_name_the_mask_file(model_dir: Path, photo: Path, tmp_path: Path
 
 
 def test_the_overlay_changes_exactly_the_foreground(model_dir: Path, photo: Path) -> None:
-    threshold = float(np.median(predict(model_dir, photo).probability))
-    result = predict(model_dir, photo, threshold=threshold)
+    threshold = float(np.median(segment(model_dir, photo).probability))
+    result = segment(model_dir, photo, threshold=threshold)
     changed = (np.asarray(result.overlay_image()) != np.asarray(Image.open(photo))).any(axis=2)
     np.testing.assert_array_equal(changed, result.mask)
 
@@ -282,7 +282,7 @@ def test_a_bad_image_does_not_stop_the_others(
     model_dir: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = run("predict", "--model", model_dir, tmp_path / "no.png", photo, "--out", tmp_path)
-    assert code == 2
+    assert code == 1
     assert (tmp_path / "photo_mask.png").exists()
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -311,7 +311,7 @@ def write_wide_integers(tmp: Path) -> Path:
 
 BAD_IMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda tmp: tmp / "no.png", "does not exist"),
-    "directory": (lambda tmp: tmp, "not a file"),
+    "directory": (lambda tmp: tmp, "a folder without images"),
     "text": (write_text_image, "not an image"),
     "truncated": (write_truncated_image, "cannot be decoded"),
     "too small": (write_tiny_image, "1 x 1"),
@@ -470,7 +470,7 @@ def test_thresholds_outside_the_open_interval(
 ) -> None:
     arguments = (photo, "--out", tmp_path / "out", f"--threshold={threshold}")
     assert run("predict", "--model", model_dir, *arguments) == 2
-    expect_one_line(capsys, "--threshold must lie between 0 and 1", tmp_path)
+    expect_one_line(capsys, "--threshold: expected a number between 0 and 1", tmp_path)
 
 
 def test_cuda_where_there_is_none(

@@ -48,7 +48,7 @@ from resunet_fast.demo.measure import (
 from resunet_fast.demo.report import Results, figure, table
 from resunet_fast.demo.training import LEARNING_RATE, Contestant, enter, train
 from resunet_fast.demo.verdict import agreement_complaints, curve_complaints, quality_complaints
-from resunet_fast.predict import PredictionError, pick_device
+from resunet_fast.segmentation import SegmentationError, pick_device
 
 MODEL = "resunet"
 EXAMPLES = 4
@@ -337,7 +337,7 @@ def main(argv: list[str]) -> int:
         device = pick_device(options.device).type
         # Before minutes of training, not after.
         options.out.mkdir(parents=True, exist_ok=True)
-    except PredictionError as error:
+    except SegmentationError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except OSError as error:
