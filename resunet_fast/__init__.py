@@ -17,7 +17,7 @@ except ImportError as error:  # pragma: no cover - exercised by the build tests,
         " machine (CPU or CUDA) and install it first"
     ) from error
 
-from . import functional, ops, reference
+from . import export, functional, ops, reference
 from .explain import explain
 from .freeze import freeze
 from .frozen import FrozenError
@@ -32,6 +32,7 @@ __all__ = [
     "UNetWithResidualConnections",
     "create_model",
     "explain",
+    "export",
     "freeze",
     "functional",
     "list_models",
