@@ -38,7 +38,7 @@ $(VENV)/.torch:
 
 # torch first: the build finds its headers in this environment and downloads no second one.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[demo,test,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,export,hub,test,dev]"
 	touch $@
 
 clean:

@@ -20,7 +20,7 @@ except ImportError as error:  # pragma: no cover - exercised by the build tests,
         " machine (CPU or CUDA) and install it first"
     ) from error
 
-from . import functional, ops, reference
+from . import export, functional, ops, reference
 from .explain import explain
 from .freeze import freeze
 from .frozen import FrozenError
@@ -40,6 +40,7 @@ __all__ = [
     "UNetWithResidualConnections",
     "create_model",
     "explain",
+    "export",
     "freeze",
     "from_pretrained",
     "functional",

@@ -19,6 +19,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "info": Command("what is installed, what runs here, and why not the rest", "resunet_fast.info"),
     "demo": Command("train the fast and the plain model side by side", "resunet_fast.demo"),
+    "export": Command("write a saved model for other programs", "resunet_fast.export"),
     "predict": Command("segment photographs with a saved model", "resunet_fast.predict"),
     "verify": Command("check every implementation that can run here", "resunet_fast.verify"),
 }
