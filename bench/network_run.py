@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,9 +52,10 @@ class Session:
         if self.variant.compiled:
             # Results of the call before may be overwritten: nobody holds them.
             torch.compiler.cudagraph_mark_step_begin()
-        # Without autocast's cache of cast weights, which a recorded graph would not refresh.
-        device, wanted = self.setting.device, self.setting.autocast
-        with torch.autocast(device, torch.bfloat16, enabled=wanted, cache_enabled=False):
+        # A network without a module has a precision of its own. Without autocast's cache of cast
+        # weights, which a recorded graph would not refresh.
+        device, wanted = self.setting.device, self.setting.autocast and self.network.module
+        with torch.autocast(device, torch.bfloat16, bool(wanted), cache_enabled=False):
             return self.network.call(self.image)
 
     def loss(self) -> Tensor:
@@ -94,8 +96,13 @@ def random(seed: int, setting: Setting, channels: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(setting.device)
 
 
+@lru_cache(maxsize=1)
 def judge(setting: Setting) -> dict[str, Tensor]:
-    """The plain network's results in float64; on a GPU, whose memory it would not fit, float32."""
+    """The plain network's results in float64; on a GPU, whose memory it would not fit, float32.
+
+    Args:
+        setting: in "fp32": one judge serves every precision.
+    """
     precise = torch.float64 if setting.device == "cpu" else torch.float32
 
     def build(_: Setting) -> Network:
@@ -104,13 +111,8 @@ def judge(setting: Setting) -> dict[str, Tensor]:
         model.to(setting.device, precise).train(setting.phase == TRAINING)
         return Network(lambda image: model(image.to(precise)), model)
 
-    exact = Setting(setting.phase, "fp32", *_size(setting))
     with _without_tf32():
-        return Session(Variant("judge", build, NCHW), exact).results
-
-
-def _size(setting: Setting) -> tuple[int, int, int, str]:
-    return setting.batch, setting.size, setting.width, setting.device
+        return Session(Variant("judge", build, NCHW), setting).results
 
 
 def _without_tf32() -> AbstractContextManager[Any]:
@@ -185,7 +187,9 @@ def measure(
     """
     table = {} if variants is None else {"variants": tuple(variants)}
     choice = choose(setting, compile=compile, **table)
-    exact = judge(setting)
+    # Every setting compiles the same model anew; none may count as another's recompile.
+    torch._dynamo.reset()
+    exact = judge(replace(setting, precision="fp32"))
     rows: dict[str, dict[str, Any]] = {}
     sessions: dict[str, Session] = {}
     for variant in tqdm(choice.variants, desc=f"{setting}: check", unit="variant"):
@@ -222,11 +226,10 @@ def _timed(
     clock = Clock(setting.device)
     start = time.perf_counter()
     interleaved(calls, 0, warmup=1, clock=clock)
-    # The second warm-up round counts too.
     seconds = time.perf_counter() - start
-    count = rounds or fitting_rounds(seconds, budget - 2 * seconds, *ROUNDS)
-    with tqdm(total=(count + 1) * len(calls), desc=f"{setting}: time", unit="call") as bar:
-        return interleaved(calls, count, warmup=1, progress=bar.update, clock=clock)
+    count = rounds or fitting_rounds(seconds, budget - seconds, *ROUNDS)
+    with tqdm(total=count * len(calls), desc=f"{setting}: time", unit="call") as bar:
+        return interleaved(calls, count, warmup=0, progress=bar.update, clock=clock)
 
 
 def _ratios(

@@ -64,7 +64,8 @@ class Network:
 
     Args:
         call: image to logits.
-        module: the owner of the parameters; None where a foreign runtime has its own.
+        module: the owner of the parameters; None where they are not to be seen or trained, as in
+            another runtime, which then has its own precision too: autocast is left off.
         note: what to say of it, such as the precision that a runtime really uses.
     """
 
@@ -148,8 +149,6 @@ def compiled(**options: Any) -> Callable[[Setting], Network]:
     """The plain model through torch.compile, in channels_last."""
 
     def build(setting: Setting) -> Network:
-        # A process compiles several variants of one model; none may count as another's recompile.
-        torch._dynamo.reset()
         module = plain(NHWC)(setting).module
         assert module is not None
         return Network(torch.compile(module, fullgraph=True, **options), module)
@@ -191,7 +190,7 @@ VARIANTS = (
     Variant("eager NCHW", plain(NCHW), NCHW),
     Variant("eager channels_last", plain(NHWC)),
     Variant("eager channels_last, CUDA graph", plain(NHWC), graph=True, **_GPU),
-    _compile_line("default", {}),
+    _compile_line("default", {}, phases=(TRAINING,)),  # in inference freezing is stronger
     _compile_line("freezing", {"options": {"freezing": True}}, phases=(INFERENCE,)),
     _compile_line("reduce-overhead", {"mode": "reduce-overhead"}, **_GPU),
     _compile_line("max-autotune", {"mode": "max-autotune"}, **_GPU),

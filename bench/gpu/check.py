@@ -36,6 +36,9 @@ LARGE = (34, 64, 1000, 1030)
 
 def jobs(dry: bool) -> list[Job]:
     """One job per backend and question; the comparison with float64 one per operator."""
+    # Float32 is judged as float32, and the library's convolutions are asked for the same bits too.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     found = [Job("kernels compiled for sm_90", offline, patience=400)] if dry else []
     for backend, reasons in candidates(dry).items():
         if reasons:

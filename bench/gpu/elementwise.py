@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resunet_fast.registry import OPERATORS
 from resunet_fast.testing import Case, make_inputs
-from resunet_fast.testing.checks import run, seeds_of
+from resunet_fast.testing.checks import run
 
 from ..operators import DIRECTIONS, cases
 from ..roofline import Ceilings, operator_work
@@ -20,9 +20,9 @@ from .measure import Results, row
 
 FAMILY = ("bn_act", "upsample")
 LEVELS = range(5)
-# Of the norm of float32's result from the same rounded operands; gradients are those of different
-# masks, which flip where rounding puts a value on the other side of zero.
-ALLOWED = {"forward": 1e-2, "backward": 5e-2}
+# Of the norm of float32's result from the same rounded operands, beyond twice what eager is off by:
+# where it rounds in between, masks flip and pooling windows tie. Part `check` imposes the mask.
+ALLOWED = 1e-2
 
 
 def rows(batch: int, size: int, width: int, dry: bool) -> list[tuple[Case, str]]:
@@ -36,6 +36,8 @@ def _call(case: Case, inputs: list[object], direction: str, way: str) -> Callabl
     reference = OPERATORS[case.operator].implementations["reference"].compute
     if way == "torch.compile":
         torch._dynamo.reset()
+        # Its backward is called again and again on one graph.
+        torch._functorch.config.donated_buffer = False
         formula = torch.compile(reference, fullgraph=True)
     else:
         formula = reference
@@ -48,34 +50,48 @@ def _call(case: Case, inputs: list[object], direction: str, way: str) -> Callabl
 
     if direction == "forward":
         return torch.no_grad()(forward)
-    outputs = forward()
-    seeds = seeds_of(tuple(outputs))
-    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o is not None and s is not None]
+    starts = [o for o in forward() if o is not None and o.requires_grad]
+    torch.manual_seed(1)
+    # Rounded alike for every dtype, and drawn where they are used: they are large.
+    seeds = [torch.randn(o.shape, device=o.device).bfloat16().to(o) for o in starts]
     wanted = [v for v in inputs if isinstance(v, Tensor) and v.requires_grad]
-    starts, grads = [o for o, _ in pairs], [s for _, s in pairs]
-    return lambda: list(torch.autograd.grad(starts, wanted, grads, retain_graph=True))
+    return lambda: list(torch.autograd.grad(starts, wanted, seeds, retain_graph=True))
+
+
+def operands(case: Case, dtype: torch.dtype, at: str, *, grad: bool) -> list[object]:
+    """One image of the case, as often as the batch has images: drawing them all takes minutes."""
+    n, *image = case.shape
+    one = Case(case.operator, case.name, (1, *image), case.options)  # type: ignore[arg-type]
+    found = make_inputs(one, dtype, requires_grad=grad, device=at)
+    for i, value in enumerate(found):
+        if isinstance(value, Tensor) and value.dim() == 4:
+            many = value.detach().expand(n, -1, -1, -1)
+            many = many.contiguous(memory_format=torch.channels_last)
+            found[i] = many.requires_grad_(value.requires_grad)
+    return found
 
 
 def measure(case: Case, direction: str, known: Callable[[], Ceilings], dry: bool) -> Record:
     """Check and time every way; the record has a row for each."""
     at, dtype = device(dry), torch.float32 if dry else torch.bfloat16
-    inputs = make_inputs(case, dtype, requires_grad=direction == "backward", device=at)
+    inputs = operands(case, dtype, at, grad=direction == "backward")
     exact = _exact(case, inputs, direction)
     work = operator_work(case.operator, inputs, direction)
     found: list[Record] = []
-    against = {"eager": [], "torch.compile": ["not in a dry run"] if dry else []}
-    for way, reasons in {**against, **candidates(dry)}.items():
+    peers = {"eager": [], "torch.compile": ["not in a dry run"] if dry else []}
+    for way, reasons in {**peers, **candidates(dry)}.items():
         implementation = OPERATORS[case.operator].implementations.get(way)
         if implementation is not None:
             reasons = reasons or implementation.refusals(*inputs)
-        elif way not in against:
+        elif way not in peers:
             continue
         if reasons:
             found.append(unavailable(way, "; ".join(reasons)))
             continue
         head = {"implementation": way}
+        allowed = ALLOWED + 2 * found[0].get("error", 0.0) if found else float("inf")
         call = _call(case, inputs, direction, way)
-        found.append(row(head, call, exact, ALLOWED[direction], work, known(), at))
+        found.append(row(head, call, exact, allowed, work, known(), at))
     facts = {"operator": case.operator, "case": case.name, "direction": direction}
     return {**facts, "dtype": str(dtype)[6:], "rows": found, **judged(found)}
 

@@ -231,7 +231,7 @@ def build(seconds: float) -> Record:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     # One architecture, in the words that setup.py reads.
     number = _architecture().removeprefix("sm_")
-    environment = {**os.environ, "RESUNET_FAST_CUDA_ARCHITECTURES": number}
+    environment = {**os.environ, "RESUNET_FAST_CUDA_ARCHS": number}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
