@@ -142,7 +142,7 @@ def test_dry_run_of_sanitize(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "some"),
     [
-        ("check", ["cpu: determinism", "cpu: conv_bn_act against float64"]),
+        ("check", ["cpu: determinism", "cpu: conv_bn_act float32 against float64"]),
         ("shapes", ["ceilings", "conv 1x32x32 3->16 wgrad", "bn_act-bn-relu 16x32 backward"]),
         ("nets", ["training: fast channels_last", "kernel classes: fast channels_last"]),
     ],

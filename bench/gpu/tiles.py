@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resunet_fast.tuning import ConvConfig, Measurement, Table, table
+from resunet_fast.tuning import ConvConfig, Table, table
 
 from .job import Record
 from .measure import Results
@@ -85,6 +85,3 @@ def _table(lines: list[dict[str, Any]]) -> Iterator[None]:
         yield
     finally:
         table.load = committed
-
-
-__all__ = ["Measurement", "alternatives", "label", "trying"]
