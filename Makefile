@@ -11,7 +11,7 @@ SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.tom
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() or 1))")
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-full check bench clean
+.PHONY: demo test test-full check bench gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m resunet_fast demo $(ARGS)
@@ -27,8 +27,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m bench $(ARGS)
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench run $(ARGS)
+
+# On a machine with an NVIDIA GPU: the python3 that is there, with its own torch; nothing is fetched.
+# make gpu PART=check|sanitize|shapes|nets|all; DRY=1 shows what can be shown without a GPU.
+PART ?= all
+gpu:
+	$(PYTHON) -m bench gpu $(PART) $(if $(DRY),--dry) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +45,11 @@ $(VENV)/.torch:
 # torch first: the build finds its headers in this environment and downloads no second one.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[demo,export,hub,test,dev]"
+	touch $@
+
+# The peers' packages, for those who compare.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	touch $@
 
 clean:

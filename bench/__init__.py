@@ -1,1 +1,4 @@
-"""Benchmarks: whole networks against what a user would run otherwise. `python -m bench --help`."""
+"""Benchmarks: operators and whole networks against what a user would run otherwise.
+
+`python -m bench --help`.
+"""

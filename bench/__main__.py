@@ -1,5 +1,5 @@
 """`python -m bench`."""
 
-from .training import main
+from .command import main
 
 raise SystemExit(main())

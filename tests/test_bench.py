@@ -1,17 +1,29 @@
+"""Timing, and what is done to a variant before it is timed."""
+
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from bench import training
-from bench.timing import Timing, interleaved, ratio
+from bench import network_run, networks, operators, run, test_operators
+from bench.networks import INFERENCE, NHWC, TRAINING, Network, Setting, Variant
+from bench.roofline import Ceilings
+from bench.timing import Timing, fitting_rounds, interleaved, ratio, rotating
+from resunet_fast.registry import OPERATORS, Implementation
+
+SMALL = Setting(TRAINING, "fp32", 1, 32, 4)
+CEILINGS = Ceilings(1e10, 1e11, "float32")
+EAGER = Variant("eager channels_last", networks.plain(NHWC))
 
 
 def test_percentiles_and_ratios() -> None:
     timing = Timing.of([float(n) for n in range(11)])
     assert (timing.median, timing.p20, timing.p80, timing.samples) == (5.0, 2.0, 8.0, 11)
+    assert Timing.of([3.0]) == Timing(3.0, 3.0, 3.0, 1)
     assert ratio([4.0, 6.0, 10.0], [2.0, 2.0, 2.0]).median == 3.0
 
 
@@ -28,23 +40,120 @@ def test_interleaving_times_every_variant_in_every_round_and_rotates() -> None:
     assert calls[2:6] == ["slow", "fast", "fast", "slow"]
 
 
-def test_a_wrong_variant_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(torch.nn.Module):
+def test_rounds_fit_the_budget_and_operands_take_turns() -> None:
+    assert fitting_rounds(2.0, 9.0, 3, 25) == 4
+    assert (fitting_rounds(2.0, -5.0, 3, 25), fitting_rounds(0.0, 9.0, 3, 25)) == (3, 25)
+    turns = rotating([lambda: "a", lambda: "b"])
+    assert [turns() for _ in range(3)] == ["a", "b", "a"]
+
+
+class Broken(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.net = networks.prepared(networks.rf.reference.ResUNet(3, 2, base_width=4), SMALL, NHWC)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.factor
+
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.net.load_state_dict(state)
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")], ids=["off", "nan"])
+@pytest.mark.parametrize("phase", [TRAINING, INFERENCE])
+def test_a_wrong_variant_is_reported_and_not_timed(phase: str, factor: float) -> None:
+    def build(setting: Setting) -> Network:
+        module = Broken(factor).train(setting.phase == TRAINING)
+        return Network(module, module)
+
+    setting = Setting(phase, "fp32", 1, 32, 4)
+    section = network_run.measure(
+        setting, CEILINGS, budget=0, rounds=2, variants=[EAGER, Variant("broken", build, ours=True)]
+    )
+    assert section["variants"]["broken"]["wrong"]
+    assert "ms" not in section["variants"]["broken"]
+    assert section["variants"]["eager channels_last"]["ms"]["samples"] == 2
+    assert section["ratios"] == {}
+    assert "WRONG, not timed: broken" in run.network_table(section)
+
+
+def test_every_variant_of_the_cpu_agrees_with_float64_and_stands_on_the_roofline() -> None:
+    setting = Setting(TRAINING, "bf16", 1, 32, 4)
+    section = network_run.measure(setting, CEILINGS, budget=0, rounds=1, compile=False)
+    assert {"eager NCHW", "fast NCHW", "fast channels_last"} <= section["variants"].keys()
+    for name, row in section["variants"].items():
+        assert row["wrong"] is False, name
+        assert row["roofline_percent"] > 0
+        assert row["binds"] in ("memory", "arithmetic")
+        assert row["kept_for_backward_bytes"] > 0
+    assert section["missing"]["torch.compile default"] == "left out"
+    assert "eager NCHW" in section["ratios"]["fast NCHW"]
+
+
+def test_a_missing_peer_and_one_that_fails_are_announced_by_name() -> None:
+    def fails(_: Setting) -> Network:
+        raise RuntimeError("no such operator\nmore")
+
+    absent = Variant("Absent Runtime", fails, requires=("no_such_package",))
+    failing = Variant("Failing Runtime", fails)
+    variants = [EAGER, absent, failing]
+    section = network_run.measure(SMALL, CEILINGS, budget=0, rounds=1, variants=variants)
+    text = run.network_table(section)
+    assert "missing: Absent Runtime: no_such_package not installed" in text
+    assert "missing: Failing Runtime: failed: RuntimeError: no such operator" in text
+    ours = Variant("ours", fails, ours=True)
+    with pytest.raises(RuntimeError, match="no such operator"):
+        network_run.measure(SMALL, CEILINGS, budget=0, rounds=1, variants=[ours])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_foreign_runtimes_take_part_and_say_their_precision(precision: str) -> None:
+    setting = Setting(INFERENCE, precision, 1, 32, 4)
+    peers = [v for v in networks.VARIANTS if v.name in ("ONNX Runtime", "OpenVINO")]
+    section = network_run.measure(setting, CEILINGS, budget=0, rounds=1, variants=[EAGER, *peers])
+    for peer in peers:
+        if not peer.joins(setting):
+            continue
+        if peer.missing():
+            assert section["missing"][peer.name] == peer.missing()
+            continue
+        row = section["variants"][peer.name]
+        assert not row["wrong"], row
+        assert "float32" in row["note"] or "computes in" in row["note"]
+
+
+def test_operator_rows_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Benchmark:
         def __init__(self) -> None:
-            super().__init__()
-            self.net = training.plain()
+            self.extra_info: dict[str, Any] = {}
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.net(x) * 1.01
+        def pedantic(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("it was timed")
 
-    eager = training.Variant("eager NCHW", training.plain, training.NCHW)
-    broken = training.Variant("broken", Broken, training.NCHW)
-    monkeypatch.setattr(training, "WIDTH", 4)
-    monkeypatch.setattr(training, "SIZE", 32)
-    monkeypatch.setattr(training, "VARIANTS", (eager, broken))
-    judge = training.float64_results()
-    results = training.measure("fp32", judge, rounds=2, compiled=False)
-    assert results["variants"]["broken"]["wrong"]
-    assert "ms" not in results["variants"]["broken"]
-    assert results["variants"]["eager NCHW"]["ms"]["samples"] == 2
-    assert "WRONG" in training.report({"fp32": results, "bf16": results})
+    case = next(c for c in operators.cases(1, 16, 4, [0]) if c.operator == "upsample")
+    operator = OPERATORS["upsample"]
+    right = operator.implementations["reference"].compute
+    wrong = Implementation("cpu", lambda *args: right(*args) * 1.01)
+    monkeypatch.setitem(operator.implementations, "cpu", wrong)
+    row = (Benchmark(), case, "cpu", "forward", torch.float32)
+    with pytest.raises(pytest.fail.Exception, match="WRONG, not timed"):
+        test_operators.test_operator(*row)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="it was timed"):
+        test_operators.test_operator(Benchmark(), *row[1:])
+
+
+@pytest.mark.parametrize("direction", operators.DIRECTIONS)
+@pytest.mark.parametrize(
+    "case", operators.cases(1, 16, 4, [0]), ids=lambda case: case.id.replace(" ", "-")
+)
+def test_operator_cases_of_the_network_are_right(case: Any, direction: str) -> None:
+    if direction == "backward" and case.operator in operators.INFERENCE_ONLY:
+        pytest.skip("it has no derivative")
+    for dtype in (torch.float32, torch.bfloat16):
+        for backend, reasons in operators.implementations(case, dtype, "cpu").items():
+            if not reasons:
+                prepared = operators.Prepared(case, backend, direction, dtype)
+                assert prepared.wrong() == ""
+                assert prepared.work().nbytes > 0

@@ -40,34 +40,45 @@ class Case:
 
 
 class _Maker:
-    """Draws tensors of one dtype, layout and device from a seed."""
+    """Draws tensors of one dtype, layout and device from a seed, the same on every device."""
 
-    def __init__(self, dtype: torch.dtype, layout: torch.memory_format, seed: int) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        layout: torch.memory_format,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
         self.dtype = dtype
         self.layout = layout
+        self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device="cpu").to(self.device)
 
     def image(self, shape: Shape, sliced: bool = False) -> Tensor:
         n, c, h, w = shape
         if sliced:
             # A window into a larger buffer: not dense, and at an odd storage offset.
-            whole = torch.randn(n, c + 3, h + 1, w + 2, generator=self.generator)
+            whole = self._normal(n, c + 3, h + 1, w + 2)
             whole = whole.to(self.dtype).contiguous(memory_format=self.layout)
             return whole[:, 1 : c + 1, 1:, 1 : w + 1]
-        values = torch.randn(shape, generator=self.generator).to(self.dtype)
+        values = self._normal(*shape).to(self.dtype)
         return values.contiguous(memory_format=self.layout)
 
     def weight(self, *shape: int) -> Tensor:
         fan_in = math.prod(shape[1:])
-        values = torch.randn(shape, generator=self.generator) / math.sqrt(fan_in)
+        values = self._normal(*shape) / math.sqrt(fan_in)
         return values.to(self.dtype).contiguous(memory_format=self.layout)
 
     def vector(self, channels: int, positive: bool = False) -> Tensor:
         if positive:
-            values = torch.rand(channels, generator=self.generator) + 0.5
+            drawn = torch.rand(channels, generator=self.generator, device="cpu")
+            values = drawn.to(self.device) + 0.5
         else:
-            values = torch.randn(channels, generator=self.generator) * 0.5
+            values = self._normal(channels) * 0.5
         return values.to(self.stats_dtype)
 
 
@@ -271,6 +282,7 @@ def make_inputs(
     *,
     seed: int = 0,
     requires_grad: bool = False,
+    device: torch.device | str | None = None,
 ) -> list[Any]:
     """Return the operator's arguments without `backend`.
 
@@ -280,8 +292,10 @@ def make_inputs(
         layout: of the images and weights.
         seed: of the random values.
         requires_grad: set it on every floating tensor but given statistics.
+        device: of all tensors; None for torch's default device.
     """
-    inputs = MAKERS[case.operator](_Maker(dtype, layout, seed), case.shape, case.options)
+    make = _Maker(dtype, layout, seed, device or torch.get_default_device())
+    inputs = MAKERS[case.operator](make, case.shape, case.options)
     if requires_grad:
         for name, value in zip(argument_names(case.operator), inputs, strict=True):
             if isinstance(value, Tensor) and name.split("_")[-1] not in ("mean", "var"):

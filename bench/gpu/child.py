@@ -1,0 +1,59 @@
+"""Runs some jobs of one part and says so line by line: `python -m bench.gpu.child MODULE DRY I...`.
+
+Each line that begins with @ is a record for the parent: {"begin": index}, then the job's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from importlib import import_module
+
+import torch
+
+from .job import FAILED, NEEDS_GPU, OK, UNAVAILABLE, WRONG, Job, Record, UnavailableError
+
+# Exit status with which the parent goes on in a new process, behind the last record.
+LOST_CONTEXT = 3
+
+
+def emit(record: Record) -> None:
+    print("@" + json.dumps(record), flush=True)
+
+
+def attempt(job: Job, dry: bool) -> Record:
+    """Run one job; whatever it raises becomes its record."""
+    start = time.perf_counter()
+    record: Record = {"job": job.name, "status": OK}
+    try:
+        if dry and job.needs_gpu:
+            record["status"] = NEEDS_GPU
+        else:
+            record.update(job.run())
+    except UnavailableError as error:
+        record.update(status=UNAVAILABLE, note=str(error))
+    except AssertionError as error:
+        record.update(status=WRONG, note=str(error)[:600])
+    except Exception as error:
+        record.update(status=FAILED, note=f"{type(error).__name__}: {error}"[:600])
+    record["seconds"] = round(time.perf_counter() - start, 3)
+    return record
+
+
+def main(module: str, dry: bool, indices: list[int]) -> None:
+    jobs: list[Job] = import_module(module).jobs(dry)
+    for index in indices:
+        emit({"begin": index})
+        record = attempt(jobs[index], dry)
+        emit(record)
+        if record["status"] in (WRONG, FAILED) and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(LOST_CONTEXT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] == "dry", [int(i) for i in sys.argv[3:]])
