@@ -8,7 +8,6 @@ image.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -35,11 +34,10 @@ def windowed(network: Wiring, windows: Sequence[Window], size: tuple[int, int]) 
         # Pooling drops the last row of an odd size, a strided convolution keeps it.
         half = 1 if network.downsample == "stride" else 0
         sizes.append(((sizes[-1][0] + half) // 2, (sizes[-1][1] + half) // 2))
-    twin = copy.copy(network)
-    # On the copy, beside the class's own.
-    object.__setattr__(
-        twin, "stages", replace(network.stages, up=_WindowedUp(network, windows, sizes))
-    )
+    up = _WindowedUp(network, windows, sizes)
+    # Not copy.copy, which would run the network's own __setstate__ for every tile.
+    twin = object.__new__(type(network))
+    twin.__dict__.update(network.__dict__, stages=replace(network.stages, up=up))
     return twin
 
 

@@ -176,6 +176,17 @@ def test_any_function_of_a_batch_can_be_tiled() -> None:
     np.testing.assert_allclose(probability, image.mean(2), atol=1e-5)
 
 
+def test_a_function_that_says_where_it_is_gets_its_input_there() -> None:
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __call__(self, batch: Tensor) -> Tensor:
+            assert batch.device == self.device
+            return torch.zeros(len(batch), 1, *batch.shape[2:])
+
+    assert segment(Elsewhere(), picture(8, 9)).probability.max() == 0.5
+
+
 def test_large_images_are_tiled_unasked() -> None:
     sizes = []
 
