@@ -61,7 +61,7 @@ class _WindowedUp:
                     where = _coordinates(rows, coarse[axis], fine[axis], mode) - first
                     image = _sample(image, where, 1 + axis)
                 parts.append(image)
-            low = torch.stack(parts)
+            low = torch.stack(parts) if len(parts) > 1 else parts[0][None]
         return self.network.stages.up(block, low, skip, "none")
 
 
@@ -82,4 +82,4 @@ def _sample(image: Tensor, where: Tensor, dim: int) -> Tensor:
         return lower
     upper = image.index_select(dim, (below + 1).clamp(max=image.shape[dim] - 1))
     shape = [-1 if axis == dim else 1 for axis in range(3)]
-    return torch.lerp(lower, upper, share.view(shape))
+    return lower.lerp_(upper, share.view(shape))
