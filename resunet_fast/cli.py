@@ -25,7 +25,7 @@ COMMANDS = {
 }
 # Import names of what the extra "demo" installs.
 OPTIONAL_PACKAGES = frozenset(
-    {"PIL", "matplotlib", "numpy", "safetensors", "skimage", "sklearn", "tqdm"}
+    {"PIL", "matplotlib", "numpy", "safetensors", "skimage", "sklearn", "tifffile", "tqdm"}
 )
 
 

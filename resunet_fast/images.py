@@ -31,6 +31,7 @@ _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "Y
 # TIFF tags and the channels that a colour has in each photometric interpretation.
 _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA = 258, 262, 277, 338
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, LookupError, TypeError, struct.error)
 
 
@@ -117,13 +118,18 @@ def _load_npy(path: Path) -> Array:
 
 
 def _read_picture(path: Path) -> Array:
-    with warnings.catch_warnings():
-        # Pillow warns of large pictures; only from twice that size on does it refuse them.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path) as opened:
-            if opened.format != "TIFF" or _is_plain(opened):
-                opened.load()
-                return _from_pillow(opened)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures; only from twice that size on does it refuse them.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                if opened.format != "TIFF" or _is_plain(opened):
+                    opened.load()
+                    return _from_pillow(opened)
+    except UnidentifiedImageError:
+        with path.open("rb") as file:
+            if file.read(4) not in _TIFF:
+                raise
     return _from_array(_read_tiff(path))
 
 
@@ -137,7 +143,7 @@ def _is_plain(tiff: Image.Image) -> bool:
 
 
 def _read_tiff(path: Path) -> Array:
-    # Pillow has opened the file: it is a TIFF. scikit-image brings this package along.
+    # Only where it is needed, because loading it takes as long as Pillow.
     import tifffile
 
     try:

@@ -259,9 +259,11 @@ def _precision(device: torch.device, dtype: str) -> AbstractContextManager[objec
 
 
 def _home(network: Network) -> dict[str, Any]:
-    """Where and as what a network takes its input: like its first weight, if it has any."""
+    """Where and as what a network takes its input: as it says, or like its first weight."""
+    device = getattr(network, "device", None)
+    if isinstance(device, torch.device):
+        return {"device": device}
     if isinstance(network, nn.Module):
-        # A frozen network may hold nothing but buffers.
         for tensor in chain(network.parameters(), network.buffers()):
             if tensor.is_floating_point():
                 return {"device": tensor.device, "dtype": tensor.dtype}

@@ -8,7 +8,6 @@ image.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -35,11 +34,10 @@ def windowed(network: Wiring, windows: Sequence[Window], size: tuple[int, int]) 
         # Pooling drops the last row of an odd size, a strided convolution keeps it.
         half = 1 if network.downsample == "stride" else 0
         sizes.append(((sizes[-1][0] + half) // 2, (sizes[-1][1] + half) // 2))
-    twin = copy.copy(network)
-    # On the copy, beside the class's own.
-    object.__setattr__(
-        twin, "stages", replace(network.stages, up=_WindowedUp(network, windows, sizes))
-    )
+    up = _WindowedUp(network, windows, sizes)
+    # Not copy.copy, which would run the network's own __setstate__ for every tile.
+    twin = object.__new__(type(network))
+    twin.__dict__.update(network.__dict__, stages=replace(network.stages, up=up))
     return twin
 
 
@@ -63,7 +61,7 @@ class _WindowedUp:
                     where = _coordinates(rows, coarse[axis], fine[axis], mode) - first
                     image = _sample(image, where, 1 + axis)
                 parts.append(image)
-            low = torch.stack(parts)
+            low = torch.stack(parts) if len(parts) > 1 else parts[0][None]
         return self.network.stages.up(block, low, skip, "none")
 
 
@@ -84,4 +82,4 @@ def _sample(image: Tensor, where: Tensor, dim: int) -> Tensor:
         return lower
     upper = image.index_select(dim, (below + 1).clamp(max=image.shape[dim] - 1))
     shape = [-1 if axis == dim else 1 for axis in range(3)]
-    return torch.lerp(lower, upper, share.view(shape))
+    return lower.lerp_(upper, share.view(shape))

@@ -176,6 +176,17 @@ def test_any_function_of_a_batch_can_be_tiled() -> None:
     np.testing.assert_allclose(probability, image.mean(2), atol=1e-5)
 
 
+def test_a_function_that_says_where_it_is_gets_its_input_there() -> None:
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __call__(self, batch: Tensor) -> Tensor:
+            assert batch.device == self.device
+            return torch.zeros(len(batch), 1, *batch.shape[2:])
+
+    assert segment(Elsewhere(), picture(8, 9)).probability.max() == 0.5
+
+
 def test_large_images_are_tiled_unasked() -> None:
     sizes = []
 
@@ -253,16 +264,20 @@ def test_the_receptive_radius_bounds_what_a_pixel_depends_on(options: dict[str, 
 
 
 PROGRAM = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from resunet_fast import cli, predict
 from resunet_fast.checkpoint import load
+def kibibytes(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 model, image, out, *settings = sys.argv[1:]
-load(model)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+keep = load(model)
+before = kibibytes("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 kinds = "mask,overlay,probability,probability-png"
 arguments = ["--model", model, image, "--out", out, "--save", kinds, *settings]
 code = cli.main(["predict", *arguments])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print((kibibytes("VmHWM") - before) * 1024)
 sys.exit(code)
 """
 
@@ -291,14 +306,15 @@ def peak_bytes(directory: Path, size: int, *settings: str, **options: object) ->
 
 def test_memory_grows_with_the_bytes_of_the_results(tmp_path: Path) -> None:
     narrow = {"base_width": 1, "width_factors": (1, 1)}
+    sizes = 500, 1500
     small, large = (
-        peak_bytes(tmp_path / str(size), size, "--tile", "128", **narrow) for size in (500, 1500)
+        peak_bytes(tmp_path / str(size), size, "--tile", "128", **narrow) for size in sizes
     )
     # Image and overlay 3 bytes each, probability 4, mask 1, their encodings and a copy in decoding.
-    assert large - small < 30 * (1500**2 - 500**2)
-    # The whole image in one piece takes a float for each of a dozen channels.
+    assert 8 < (large - small) / (sizes[1] ** 2 - sizes[0] ** 2) < 30
+    # The whole image in one piece: a float for each of the network's channels and the input's.
     whole = peak_bytes(tmp_path / "whole", 1500, "--tile", "1536", **narrow)
-    assert whole > large
+    assert whole > large + 1500**2 * 4 * 6
 
 
 @pytest.mark.slow
@@ -307,4 +323,6 @@ def test_six_thousand_pixels_square_within_two_gigabytes(tmp_path: Path) -> None
     narrow = {"base_width": 1, "width_factors": (1, 1)}
     image = peak_bytes(tmp_path / "image", 6000, **narrow)
     tile = peak_bytes(tmp_path / "tile", 800, base_width=64)
+    assert image > 6000**2 * 8
+    assert tile > 512**2 * 4 * 64 * 3
     assert image + tile < 2e9

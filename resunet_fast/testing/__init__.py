@@ -1,7 +1,21 @@
-"""What tests and benchmarks share: named cases, tolerances, and comparisons that say where."""
+"""What tests and benchmarks share: named cases, tolerances, and comparisons that say where.
+
+`check_module` asks the same of a block of yours.
+"""
 
 from .cases import CASES, Case, make_inputs
 from .compare import assert_close, worst
+from .module import Finding, ModuleReport, check_module
 from .tolerances import tolerance
 
-__all__ = ["CASES", "Case", "assert_close", "make_inputs", "tolerance", "worst"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Finding",
+    "ModuleReport",
+    "assert_close",
+    "check_module",
+    "make_inputs",
+    "tolerance",
+    "worst",
+]
