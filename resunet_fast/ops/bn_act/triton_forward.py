@@ -84,8 +84,9 @@ def bn_act_merge_fwd_kernel(
         m = (b_t < tiles)[:, None] & m_c[None, :]
         o = (b_t.to(tl.int64) * 2 * C)[:, None] + b_c[None, :]
         b_part = tl.load(p_moments + o, mask=m, other=0.0).to(tl.float64)  # [BLOCK_T, BLOCK_C]
-        b_share = _tile_positions(b_t, pixels, spans, span) / total  # [BLOCK_T]
-        b_mean += tl.sum(b_part * b_share[:, None], axis=0)
+        b_count = tile_positions(b_t, pixels, spans, span)  # [BLOCK_T]
+        b_mean += tl.sum(b_part * b_count[:, None], axis=0)
+    b_mean /= total
     b_var = tl.zeros((BLOCK_C,), tl.float64)
     for first in range(0, tiles, BLOCK_T):
         b_t = first + tl.arange(0, BLOCK_T)
@@ -94,14 +95,16 @@ def bn_act_merge_fwd_kernel(
         b_part = tl.load(p_moments + o, mask=m, other=0.0).to(tl.float64)  # [BLOCK_T, BLOCK_C]
         b_m2 = tl.load(p_moments + o + C, mask=m, other=0.0).to(tl.float64)
         b_distance = tl.where(m, b_part - b_mean[None, :], 0.0)
-        b_share = _tile_positions(b_t, pixels, spans, span) / total  # [BLOCK_T]
-        b_var += tl.sum(b_m2 / total + b_distance * b_distance * b_share[:, None], axis=0)
+        b_count = tile_positions(b_t, pixels, spans, span)  # [BLOCK_T]
+        b_var += tl.sum(b_m2 + b_distance * b_distance * b_count[:, None], axis=0)
     tl.store(p_mean + b_c, b_mean.to(p_mean.dtype.element_ty), mask=m_c)
+    b_var /= total
     tl.store(p_var + b_c, b_var.to(p_var.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
-def _tile_positions(b_t, pixels, spans, span):
+def tile_positions(b_t, pixels, spans, span):
+    """How many positions each tile has: [BLOCK_T], float64."""
     b_first = (b_t % spans).to(tl.int64) * span
     return tl.minimum(pixels - b_first, span).to(tl.float64)
 

@@ -14,17 +14,7 @@ from . import triton_backward as bwd
 from . import triton_blocks as device
 from . import triton_forward as fwd
 from .triton_builds import builds as builds
-from .triton_tiling import (
-    REDUCTION,
-    SWEEP,
-    WINDOW_REDUCTION,
-    WINDOW_SWEEP,
-    Extent,
-    Tiling,
-    extent_of,
-    power_of_two,
-    tiling,
-)
+from .triton_tiling import Extent, Tiling, blocks_for, extent_of, power_of_two, tiling
 
 # Tiles, and values of one kind, that a program of a merge holds: with many tiles few channels, to
 # spread the reading over the GPU.
@@ -45,7 +35,7 @@ def statistics(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
     mean = x.new_empty(c, dtype=dtype)
     var = torch.empty_like(mean)
     extent = extent_of(x, layout, pool=False)
-    tiles = tiling(extent, REDUCTION)
+    tiles = tiling(extent, blocks_for(reduces=True, pool=False))
     moments = x.new_empty((tiles.tiles, 2, c), dtype=dtype)
     # One program: a span of positions of one run, a block of channels.
     fwd.bn_act_stats_fwd_kernel[(tiles.programs,)](
@@ -130,7 +120,7 @@ def forward(
         if x.numel() == 0:
             return output, pooled, *own, *residual_own
         extent = extent_of(x, layout, pool)
-        tiles = tiling(extent, WINDOW_SWEEP if pool else SWEEP)
+        tiles = tiling(extent, blocks_for(reduces=False, pool=pool))
         kind = device.NO_RESIDUAL
         if r is not None:
             kind = device.NORMALISED_RESIDUAL if residual_norm else device.PLAIN_RESIDUAL
@@ -191,6 +181,7 @@ def backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Compute as the reference does."""
+    assert grad_pooled is None or output is not None
     layout = layout_of(input)
     x = dense(input, layout)
     likes = (None, weight, weight, None, residual_weight, residual_weight)
@@ -273,7 +264,7 @@ class _Backward:
         if not in_sweep and all(v is None for v in (dweight, dbias, drweight, drbias)):
             return None
         x, extent, c = self.x, self.extent, self.extent.channels
-        tiles = tiling(extent, WINDOW_REDUCTION if self.pooled is not None else REDUCTION)
+        tiles = tiling(extent, blocks_for(reduces=True, pool=self.pooled is not None))
         sums = x.new_empty((tiles.tiles, 3, c), dtype=accumulator(x.dtype))
         # One program: a span of positions of one run, a block of channels.
         bwd.bn_act_sums_bwd_kernel[(tiles.programs,)](
@@ -328,7 +319,7 @@ class _Backward:
         dx, dr = grads[0], grads[3]
         if dx is None and dr is None:
             return
-        tiles = tiling(self.extent, WINDOW_SWEEP if self.pooled is not None else SWEEP)
+        tiles = tiling(self.extent, blocks_for(reduces=False, pool=self.pooled is not None))
         # One program: a few blocks of positions of one run, a block of channels.
         bwd.bn_act_bwd_kernel[(tiles.programs,)](
             self.grad,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ... import environment
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -41,6 +43,17 @@ SWEEP = Blocks(programs=4096, steps=8)
 # Four cells per position: the same registers, 16 bytes per thread and cell in 16-bit dtypes.
 WINDOW_REDUCTION = Blocks(elements=512, programs=768, num_warps=2)
 WINDOW_SWEEP = Blocks(elements=1024, programs=4096, steps=4)
+# The interpreter takes as long for any program, whatever it holds.
+INTERPRETED = Blocks(elements=1 << 18, channels=1024)
+
+
+def blocks_for(*, reduces: bool, pool: bool) -> Blocks:
+    """The blocks of a kernel over an image, by whether it reduces and whether it pools."""
+    if environment.triton_interpreted():
+        return INTERPRETED
+    if pool:
+        return WINDOW_REDUCTION if reduces else WINDOW_SWEEP
+    return REDUCTION if reduces else SWEEP
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,15 @@ def update_running_stats_kernel(
     CUMULATIVE: tl.constexpr,
 ):
     """Count, then move C running values towards the batch's, in float64."""
-    factor = momentum
     if HAS_COUNTER:
         batches = tl.load(p_counter) + 1
         # Every thread reads the counter: none may write it before all have.
         tl.debug_barrier()
         tl.store(p_counter, batches)
-        if CUMULATIVE:
-            factor = 1.0 / batches.to(tl.float64)
+    if CUMULATIVE:
+        b_factor = tl.full((1,), 1.0, tl.float64) / batches
+    else:
+        b_factor = tl.full((1,), momentum, tl.float64)
     for first in range(0, C, BLOCK_C):
         b_c = first + tl.arange(0, BLOCK_C)
         m = b_c < C
@@ -47,15 +48,15 @@ def update_running_stats_kernel(
         if HAS_BIAS:
             b_mean += tl.load(p_bias + b_c, mask=m, other=0.0).to(tl.float64)
         b_var = tl.load(p_var + b_c, mask=m, other=0.0).to(tl.float64) * unbias
-        move(p_running_mean + b_c, b_mean, factor, m)
-        move(p_running_var + b_c, b_var, factor, m)
+        move(p_running_mean + b_c, b_mean, b_factor, m)
+        move(p_running_var + b_c, b_var, b_factor, m)
 
 
 @triton.jit
-def move(p, b_new, factor, m):
-    """Replace a part `factor` of the running values [BLOCK_C] by new ones."""
+def move(p, b_new, b_factor, m):
+    """Replace a part, `b_factor` [1], of the running values [BLOCK_C] by new ones."""
     b_running = tl.load(p, mask=m, other=0.0).to(tl.float64)
-    b_running = b_running * (1.0 - factor) + b_new * factor
+    b_running = b_running * (1.0 - b_factor) + b_new * b_factor
     if p.dtype.element_ty != tl.float64:
         b_running = b_running.to(tl.float32)  # there is no conversion from float64 to bfloat16
     tl.store(p, b_running.to(p.dtype.element_ty), mask=m)

@@ -10,6 +10,7 @@ from ..bn_act.triton_builds import DTYPES, launch
 from ..triton_build import Build
 from . import triton_device as device
 from .reference import MODES
+from .triton_tiling import BACKWARD, FORWARD, Blocks, block_of, readers
 
 CHANNELS, SIZE = 64, 256
 
@@ -21,10 +22,10 @@ def builds() -> list[Build]:
     return [make(*kind) for kind in (*bilinear, *others) for make in (_forward, _backward)]
 
 
-def _blocks(last: bool, mode: str) -> dict[str, Any]:
-    block_p, block_c = (32, 64) if last else (2048, 1)
-    blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c, "UNIT": 16 if last else 1}
-    return {**blocks, "CHANNELS_LAST": last, "MODE": MODES.index(mode), "ACC": tl.float32}
+def _blocks(blocks: Blocks, side: int, last: bool, mode: str) -> dict[str, Any]:
+    block_p, block_c = block_of(blocks, CHANNELS, side * side, last)
+    sizes = {"BLOCK_P": block_p, "BLOCK_C": block_c, "UNIT": 16 if last else 1}
+    return {**sizes, "CHANNELS_LAST": last, "MODE": MODES.index(mode), "ACC": tl.float32}
 
 
 def _sizes() -> dict[str, int]:
@@ -38,7 +39,7 @@ def _name(kernel: str, dtype: str, last: bool, mode: str) -> str:
 def _forward(dtype: str, last: bool, mode: str) -> Build:
     images = dict.fromkeys(("p_x", "p_skip", "p_y"), f"*{dtype}")
     operands: dict[str, Any] = {**images, "S": CHANNELS, **_sizes()}
-    constants = {**_blocks(last, mode), "HAS_SKIP": True}
+    constants = {**_blocks(FORWARD, 2 * SIZE, last, mode), "HAS_SKIP": True}
     name = _name("fwd", dtype, last, mode)
     return launch(name, device.upsample_fwd_kernel, operands, constants, vector=last)
 
@@ -46,7 +47,7 @@ def _forward(dtype: str, last: bool, mode: str) -> Build:
 def _backward(dtype: str, last: bool, mode: str) -> Build:
     images = dict.fromkeys(("p_dy", "p_dx"), f"*{dtype}")
     operands: dict[str, Any] = {**images, "channels": 2 * CHANNELS, **_sizes()}
-    readers = {"nearest": 2, "bilinear": 4, "bilinear_align_corners": 5}[mode]
-    constants = {**_blocks(last, mode), "ROWS": readers, "COLUMNS": readers}
+    terms = dict.fromkeys(("ROWS", "COLUMNS"), readers(SIZE, 2 * SIZE, mode))
+    constants = {**_blocks(BACKWARD, SIZE, last, mode), **terms}
     name = _name("bwd", dtype, last, mode)
     return launch(name, device.upsample_bwd_kernel, operands, constants, vector=last)

@@ -79,7 +79,8 @@ def upsample_fwd_kernel(
     """Resize x [N, C, H, W] to [OH, OW] and copy the skip [N, S, OH, OW] behind its channels."""
     source_blocks = tl.cdiv(C, BLOCK_C)
     channel_blocks = source_blocks + tl.cdiv(S, BLOCK_C)
-    pixel_blocks = tl.cdiv(OH * OW, BLOCK_P)
+    pixels = tl.cast(OH, tl.int64) * OW
+    pixel_blocks = tl.cdiv(pixels, BLOCK_P)
     i_c = tl.program_id(0) % channel_blocks
     i_tile = tl.program_id(0) // channel_blocks
     i_n = (i_tile // pixel_blocks).to(tl.int64)
@@ -89,7 +90,7 @@ def upsample_fwd_kernel(
     if HAS_SKIP and i_c >= source_blocks:
         b_c = (i_c - source_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
         m = m_p & (b_c < S)[None, :]
-        o = offsets(i_n, b_pixel, b_c, S, OH * OW, UNIT, CHANNELS_LAST)
+        o = offsets(i_n, b_pixel, b_c, S, pixels, UNIT, CHANNELS_LAST)
         b_y = tl.load(p_skip + o, mask=m, other=0.0)  # [BLOCK_P, BLOCK_C], copied as it is
         b_c += C
     else:
@@ -97,21 +98,22 @@ def upsample_fwd_kernel(
         m = m_p & (b_c < C)[None, :]
         b_top, b_bottom, b_down = taps(b_row, H, OH, MODE, ACC)
         b_left, b_right, b_across = taps(b_column, W, OW, MODE, ACC)
+        source = tl.cast(H, tl.int64) * W
         b_at = b_top.to(tl.int64) * W
-        o = offsets(i_n, b_at + b_left, b_c, C, H * W, UNIT, CHANNELS_LAST)
+        o = offsets(i_n, b_at + b_left, b_c, C, source, UNIT, CHANNELS_LAST)
         b_y = tl.load(p_x + o, mask=m, other=0.0)  # [BLOCK_P, BLOCK_C]
         if MODE != NEAREST:
             b_below = b_bottom.to(tl.int64) * W
-            o_below = offsets(i_n, b_below + b_left, b_c, C, H * W, UNIT, CHANNELS_LAST)
+            o_below = offsets(i_n, b_below + b_left, b_c, C, source, UNIT, CHANNELS_LAST)
             b_lower = tl.load(p_x + o_below, mask=m, other=0.0).to(ACC)
             b_start = blend(b_y.to(ACC), b_lower, b_down)
-            o = offsets(i_n, b_at + b_right, b_c, C, H * W, UNIT, CHANNELS_LAST)
-            o_below = offsets(i_n, b_below + b_right, b_c, C, H * W, UNIT, CHANNELS_LAST)
+            o = offsets(i_n, b_at + b_right, b_c, C, source, UNIT, CHANNELS_LAST)
+            o_below = offsets(i_n, b_below + b_right, b_c, C, source, UNIT, CHANNELS_LAST)
             b_upper = tl.load(p_x + o, mask=m, other=0.0).to(ACC)
             b_lower = tl.load(p_x + o_below, mask=m, other=0.0).to(ACC)
             b_end = blend(b_upper, b_lower, b_down)
             b_y = blend(b_start, b_end, b_across).to(p_y.dtype.element_ty)
-    o = offsets(i_n, b_pixel, b_c, C + S, OH * OW, UNIT, CHANNELS_LAST)
+    o = offsets(i_n, b_pixel, b_c, C + S, pixels, UNIT, CHANNELS_LAST)
     tl.store(p_y + o, b_y, mask=m)
 
 
@@ -161,7 +163,8 @@ def upsample_bwd_kernel(
 ):
     """Gather the gradient of x [N, C, H, W] from the first C of dy's channels, in a fixed order."""
     channel_blocks = tl.cdiv(C, BLOCK_C)
-    pixel_blocks = tl.cdiv(H * W, BLOCK_P)
+    pixels = tl.cast(H, tl.int64) * W
+    pixel_blocks = tl.cdiv(pixels, BLOCK_P)
     i_tile = tl.program_id(0) // channel_blocks
     i_n = (i_tile // pixel_blocks).to(tl.int64)
     b_c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -169,15 +172,16 @@ def upsample_bwd_kernel(
     b_row, b_column = pixels_of(i_tile % pixel_blocks, W, BLOCK_P)
     b_top = earliest(b_row, H, OH, MODE, ACC)
     b_left = earliest(b_column, W, OW, MODE, ACC)
+    target = tl.cast(OH, tl.int64) * OW
     b_dx = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     for r in range(ROWS):
         b_down = share(b_top + r, b_row, H, OH, MODE, ACC)
         b_at = (b_top + r).to(tl.int64) * OW
-        for s in range(COLUMNS):
+        for s in tl.range(0, COLUMNS, loop_unroll_factor=4):
             b_share = b_down * share(b_left + s, b_column, W, OW, MODE, ACC)  # [BLOCK_P]
-            o = offsets(i_n, b_at + b_left + s, b_c, channels, OH * OW, UNIT, CHANNELS_LAST)
+            o = offsets(i_n, b_at + b_left + s, b_c, channels, target, UNIT, CHANNELS_LAST)
             m = ((b_share != 0.0) & (b_row < H))[:, None] & m_c
             b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             b_dx += b_share[:, None] * b_dy
-    o = offsets(i_n, b_row.to(tl.int64) * W + b_column, b_c, C, H * W, UNIT, CHANNELS_LAST)
+    o = offsets(i_n, b_row.to(tl.int64) * W + b_column, b_c, C, pixels, UNIT, CHANNELS_LAST)
     tl.store(p_dx + o, b_dx.to(p_dx.dtype.element_ty), mask=(b_row < H)[:, None] & m_c)

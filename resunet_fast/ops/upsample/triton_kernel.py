@@ -4,46 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from ..bn_act.triton_kernel import accumulates_in
-from ..bn_act.triton_tiling import channel_block, power_of_two
 from ..layout import dense, empty, layout_of
 from . import triton_device as device
 from .reference import MODES
 from .triton_builds import builds as builds
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """What a program holds.
-
-    Args:
-        elements: of a block, pixels times channels.
-        channels: most channels of a block in channels_last.
-        num_warps: of a program.
-    """
-
-    elements: int = 2048
-    channels: int = 128
-    num_warps: int = 4
-
-
-FORWARD = Blocks()
-BACKWARD = Blocks()
-
-
-def block_of(blocks: Blocks, channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
-    """Pixels and channels of a block of an image, powers of two."""
-    if channels_last:
-        block_c = channel_block(channels, blocks.channels)
-        return min(power_of_two(pixels), max(blocks.elements // block_c, 1)), block_c
-    block_p = min(power_of_two(pixels), blocks.elements)
-    return block_p, min(power_of_two(channels), max(blocks.elements // block_p, 1))
+from .triton_tiling import block_of, blocks_for, readers
 
 
 def forward(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
@@ -72,7 +43,8 @@ def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: s
         return output
     last = layout == torch.channels_last
     pixels = size[0] * size[1]
-    block_p, block_c = block_of(FORWARD, c, pixels, last)
+    held = blocks_for(backward=False)
+    block_p, block_c = block_of(held, c, pixels, last)
     blocks = triton.cdiv(c, block_c) + triton.cdiv(s, block_c)
     with torch.cuda.device_of(x):
         # One program: a block of an image's output pixels, a block of one source's channels.
@@ -92,7 +64,7 @@ def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: s
             MODE=MODES.index(mode),
             HAS_SKIP=behind is not None,
             ACC=accumulates_in(x),
-            num_warps=FORWARD.num_warps,
+            num_warps=held.num_warps,
         )
     return output
 
@@ -129,7 +101,8 @@ def _gather(dy: Tensor, shape: Sequence[int], mode: str, layout: torch.memory_fo
     n, c, h, w = shape
     channels, height, width = dy.shape[1:]
     last = layout == torch.channels_last
-    block_p, block_c = block_of(BACKWARD, c, h * w, last)
+    held = blocks_for(backward=True)
+    block_p, block_c = block_of(held, c, h * w, last)
     with torch.cuda.device_of(dy):
         # One program: a block of an image's input pixels, a block of channels.
         device.upsample_bwd_kernel[(n * triton.cdiv(h * w, block_p) * triton.cdiv(c, block_c),)](
@@ -149,23 +122,6 @@ def _gather(dy: Tensor, shape: Sequence[int], mode: str, layout: torch.memory_fo
             ROWS=readers(h, height, mode),
             COLUMNS=readers(w, width, mode),
             ACC=accumulates_in(dy),
-            num_warps=BACKWARD.num_warps,
+            num_warps=held.num_warps,
         )
     return dx
-
-
-def readers(size: int, target: int, mode: str) -> int:
-    """Most outputs that read one input along an axis of `size` inputs and `target` outputs.
-
-    Those whose source coordinate is within one pixel of it, or that have it as the nearest. Where
-    the ratio is no power of two, rounding of the coordinates may add one.
-    """
-    if mode == "nearest":
-        reach = -(-target // size)
-    elif mode == "bilinear":
-        reach = -(-2 * target // size)
-    else:
-        reach = -(-2 * (target - 1) // (size - 1)) if size > 1 else target
-    ratio = target // size
-    exact = mode != "bilinear_align_corners" and target == size * ratio and ratio & (ratio - 1) == 0
-    return min(reach if exact else reach + 1, target)
