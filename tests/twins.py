@@ -163,6 +163,17 @@ def convolution(before: int, after: int) -> nn.Conv2d:
     return conv
 
 
+def transposed_convolution(before: int, after: int, **options: Any) -> nn.ConvTranspose2d:
+    up = nn.ConvTranspose2d(before, after, 2, stride=2, **options).double()
+    for parameter, seed in zip(up.parameters(), (25, 27), strict=False):
+        parameter.data.copy_(image(*parameter.shape, seed=seed))
+    return up
+
+
+def transposed(x: Tensor, up: nn.ConvTranspose2d, padding: tuple[int, int] = (0, 0)) -> Tensor:
+    return rf.functional.conv_transpose2d(x, Conv.of(up), output_padding=padding)
+
+
 def outcome(function: Callable[..., Output], *operands: Any, **options: Any) -> tuple[str, Any]:
     """What came of a call: its result, or the exception's type and message."""
     try:
@@ -229,5 +240,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "bn_act_conv recomputed": lambda x: fused_bn_act_conv(
         x, convolution(3, 4), batch_norm(3), recompute=True
     ),
+    "conv_transpose2d": lambda x: transposed(x, transposed_convolution(3, 4), (1, 0)),
     "upsample": lambda x: rf.functional.upsample(x, (7, 9), "bilinear_align_corners"),
 }

@@ -30,13 +30,12 @@ from .triton_wgrad_kernels import (
     sum_partials_kernel,
 )
 
-# A partial adds so many pixels at most, one after the other: few enough for float32, many enough
-# that the partials of up to 1024 channels take less memory than the operands.
+# A partial adds so many pixels at most: few enough for float32, many enough that the partials of up
+# to 1024 channels take less memory than the operands.
 MAX_PIXELS_PER_PARTIAL = 16384
 _MIN_PIXELS_PER_PARTIAL = 512
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-
-_ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
+_BOX = 64  # pixels per matrix product
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def configure(pixels: int, k: int, columns: int, repeats: int, multiprocessors: 
         repeats: results of that size, one per tap where tiles do not run across taps.
         multiprocessors: of the GPU.
     """
-    block_k, block_c, block_p = block(k, 128), block(columns, 128), block(pixels, 64)
+    block_k, block_c, block_p = block(k, 128), block(columns, 128), block(pixels, _BOX)
     tiles = repeats * math.ceil(k / block_k) * math.ceil(columns / block_c)
     splits = math.ceil(multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR / tiles)
     return Config(
@@ -109,8 +108,7 @@ def weight_gradient(
         skip: [N, C', H, W], a second source, convolved behind `x` along the channels.
 
     Returns:
-        [K, C + C', R, S] in the accumulator's dtype (float64 for float64, else float32),
-        channels_last.
+        [K, C + C', R, S], channels_last, in the accumulator's dtype (float64 or float32).
     """
     sources = [x] if skip is None else [x, skip]
     shape = (grad_output.shape[1], *kernel_size, sum(source.shape[1] for source in sources))
@@ -153,17 +151,19 @@ def _sum(
 def box_of(grad: Tensor, x: Tensor, stride: Sequence[int]) -> tuple[int, int] | None:
     """Return (rows, columns) of the boxes that both operands are read in, None for pointers.
 
-    Boxes tile the image without a rest: a rest would multiply zeros by values that belong to no
-    pixel of the sum, and zero times infinity is not zero.
+    A box's pixels follow each other in the gradient: as rows of a matrix they are operands in
+    shared memory, otherwise they would pass through registers. Boxes tile the image without a rest:
+    a rest would multiply zeros by values that belong to no pixel of the sum, and 0 * inf is not 0.
     """
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
         return None
-    if tuple(stride) != (1, 1) or not (_boxes_reach(grad) and _boxes_reach(x)):
+    n, _, h, w = grad.shape
+    dense_rows = grad.is_contiguous(memory_format=torch.channels_last) and n * h * w < 2**31
+    if tuple(stride) != (1, 1) or not (dense_rows and _boxes_reach(grad) and _boxes_reach(x)):
         return None
-    h, w = grad.shape[2:]
-    columns = min(w & -w, 64)
-    rows = min(h & -h, 64 // columns)
-    return (rows, columns) if rows * columns >= 16 else None
+    columns = min(w & -w, _BOX)
+    rows = min(h & -h, _BOX // columns) if columns == w else 1
+    return (rows, columns) if rows * columns >= _BOX // 2 else None
 
 
 def _boxes_reach(tensor: Tensor) -> bool:
@@ -207,36 +207,20 @@ def _launch_tma(
 ) -> None:
     splits, k, taps, c = partials.shape
     n, _, oh, ow = grad.shape
-    boxes_h, boxes_w = oh // box[0], ow // box[1]
-    flat = is_flat(grad, box)
-    g = grad.permute(0, 2, 3, 1)
-    d_grad = (
-        TensorDescriptor.from_tensor(g.view(-1, k), [box[0] * box[1], config.block_k])
-        if flat
-        else TensorDescriptor.from_tensor(g, [1, *box, config.block_k])
-    )
+    boxes_h, boxes_w, pixels = oh // box[0], ow // box[1], box[0] * box[1]
+    rows = grad.permute(0, 2, 3, 1).view(-1, k)
+    d_grad = TensorDescriptor.from_tensor(rows, [pixels, config.block_k])
     d_input = TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1), [1, *box, config.block_c])
     tiles = triton.cdiv(k, config.block_k) * triton.cdiv(c, config.block_c) * taps
     # One program owns one tap and tile of the result in one split.
     conv2d_bwd_weight_tma_kernel[(tiles * splits,)](
         *(d_grad, d_input, partials),
-        *(n * boxes_h * boxes_w, config.split // (box[0] * box[1]), boxes_h, boxes_w),
+        *(n * boxes_h * boxes_w, config.split // pixels, boxes_h, boxes_w),
         *(*partials.stride()[:3], k, c, *kernel_size, *padding),
-        *(*box, config.block_k, config.block_c, flat, config.num_stages),
+        *(*box, config.block_k, config.block_c, config.num_stages),
         *(upcast(x), accumulator_type(x)),
         num_warps=config.num_warps,
     )
-
-
-def is_flat(grad: Tensor, box: tuple[int, int]) -> bool:
-    """Whether a box's pixels follow each other in memory, so that a matrix's rows describe them.
-
-    Only such boxes are read as operands from shared memory; others pass through registers.
-    """
-    rows, columns = box
-    in_order = rows == 1 or columns == grad.shape[3]
-    small = grad.shape[0] * grad.shape[2] * grad.shape[3] < 2**31  # coordinates have 32 bits
-    return in_order and small and grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def bias_gradient(grad_output: Tensor) -> Tensor:
@@ -272,7 +256,7 @@ def _sum_partials(partials: Tensor, result: Tensor) -> None:
     # One program owns one block of elements, in all splits.
     sum_partials_kernel[(triton.cdiv(rows * c, block_e),)](
         *(partials, result, splits, rows * c, result.stride(0)),
-        *(c, block_s, block_e, _ACCUMULATORS[result.dtype]),
+        *(c, block_s, block_e, accumulator_type(result)),
     )
 
 
@@ -294,19 +278,19 @@ def upcast(tensor: Tensor) -> bool:
 
 def accumulator_type(tensor: Tensor) -> tl.dtype:
     """Triton's name of the dtype that sums of this tensor are accumulated in."""
-    return _ACCUMULATORS[accumulator(tensor.dtype)]
+    return tl.float64 if accumulator(tensor.dtype) == torch.float64 else tl.float32
 
 
 def builds() -> list[Build]:
     """What is compiled ahead of time: both forms at the networks' widths, and the sums."""
     boxed = [
-        _boxed_build(dtype, channels, box, flat)
-        for dtype, channels, box, flat in (
-            ("bf16", 64, (1, 64), True),
-            ("bf16", 128, (1, 64), True),
-            ("bf16", 128, (2, 32), True),
-            ("bf16", 128, (8, 8), False),
-            ("fp16", 128, (1, 64), True),
+        _boxed_build(dtype, channels, box)
+        for dtype, channels, box in (
+            ("bf16", 64, (1, 64)),
+            ("bf16", 128, (1, 64)),
+            ("bf16", 128, (1, 32)),
+            ("bf16", 128, (8, 8)),
+            ("fp16", 128, (1, 64)),
         )
     ]
     pointed = [
@@ -323,17 +307,16 @@ def builds() -> list[Build]:
     return [*boxed, *pointed, *_sum_builds()]
 
 
-def _boxed_build(dtype: str, channels: int, box: tuple[int, int], flat: bool) -> Build:
+def _boxed_build(dtype: str, channels: int, box: tuple[int, int]) -> Build:
     config = configure(2**20, channels, channels, 9, 132)
     constexprs = {
         **{"K": channels, "C": channels, "R": 3, "S": 3, "PADDING_H": 1, "PADDING_W": 1},
         **{"BOX_H": box[0], "BOX_W": box[1], "BLOCK_K": config.block_k, "BLOCK_C": config.block_c},
-        **{"FLAT": flat, "STAGES": config.num_stages, "UPCAST": False, "ACC": tl.float32},
+        **{"STAGES": config.num_stages, "UPCAST": False, "ACC": tl.float32},
     }
-    rows = f"{box[0] * box[1]}" if flat else f"1, {box[0]}, {box[1]}"
     given = {
         "p_partials": "*fp32",
-        "d_grad": f"tensordesc<{dtype}[{rows}, {config.block_k}]>",
+        "d_grad": f"tensordesc<{dtype}[{box[0] * box[1]}, {config.block_k}]>",
         "d_input": f"tensordesc<{dtype}[1, {box[0]}, {box[1]}, {config.block_c}]>",
     }
     return Build(
@@ -345,9 +328,7 @@ def _boxed_build(dtype: str, channels: int, box: tuple[int, int], flat: bool) ->
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         architectures=(90, 100),
-        demands=frozenset(
-            {"no_spills", "matrix_instruction"} | ({"wgmma_from_shared_memory"} if flat else set())
-        ),
+        demands=frozenset({"no_spills", "matrix_instruction", "wgmma_from_shared_memory"}),
     )
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ...registry import Implementation, Operator
-from ..backends import deferred, triton_declines, triton_refusals
+from ..backends import cpu_refusals, deferred, triton_declines, triton_refusals
 from ..conv2d.op import output_layout
 from ..double_backward import save_inputs, through
 from ..layout import empty, layout_of
-from . import reference
+from . import cpu, reference
 
 _KERNELS = "resunet_fast.ops.conv_transpose2d.triton_kernel"
 
@@ -82,9 +82,11 @@ CONV_TRANSPOSE2D_BACKWARD = Operator(
 )
 CONV_TRANSPOSE2D.add(
     Implementation("triton", deferred(_KERNELS, "forward"), _triton_refusals, _triton_declines),
+    Implementation("cpu", cpu.forward, cpu_refusals),
     Implementation("reference", reference.forward),
 )
 CONV_TRANSPOSE2D_BACKWARD.add(
     Implementation("triton", deferred(_KERNELS, "backward"), _triton_refusals, _triton_declines),
+    Implementation("cpu", cpu.backward, cpu_refusals),
     Implementation("reference", reference.backward),
 )
