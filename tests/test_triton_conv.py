@@ -346,3 +346,11 @@ def test_the_same_bits_at_every_call() -> None:
     first, second = (ours(arguments(x, weight), statistics=True) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_contiguous_operands_of_a_channels_last_result(launches: list[str]) -> None:
+    x, weight = image(1, 8, 5, 6, layout="nchw"), filters(8, 8)
+    y = ours(arguments(x, weight)).output
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    close("y", y, judge(arguments(x, weight)), DTYPES[0], 72)
+    assert launches == ["tma"]

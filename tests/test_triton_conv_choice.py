@@ -37,9 +37,7 @@ LINE = {
     "microseconds": {"cudnn": 812.0, "triton": 640.0},
     "config": CONFIG,
 }
-CONVOLUTIONS = [
-    case for case in CASES if case.operator.startswith(("conv2d", "conv_b", "bn_act_c"))
-]
+CONVOLUTIONS = [c for c in CASES if c.operator in ("conv2d", "conv_bn_act", "bn_act_conv")]
 
 
 def convolution(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from ..layout import accumulator, dense, empty
 from .triton_epilogue import bn_stats_merge_kernel
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
+from .triton_wgrad import channels_innermost
 
 MERGED_TILES = 128
 MERGED_FILTERS = 16
@@ -111,6 +112,9 @@ def convolve(
         layout: of the result.
         epilogue: what follows.
     """
+    if layout == torch.channels_last:
+        x = channels_innermost(x)
+        skip = None if skip is None else channels_innermost(skip)
     y = empty(x, (x.shape[0], weight.shape[0], *size), layout)
     residual = None if epilogue.residual is None else dense(epilogue.residual, layout)
     operands = Operands(x, skip, weight, residual, y)
@@ -243,6 +247,7 @@ def _launch_boxes(
         BLOCK_K=config.filters,
         STAGES=config.stages,
         num_warps=config.warps,
+        num_stages=config.stages,
     )
     return pooled
 
@@ -301,6 +306,7 @@ def _launch_pointers(
         BLOCK_K=config.filters,
         STAGES=config.stages,
         num_warps=config.warps,
+        num_stages=config.stages,
     )
 
 
