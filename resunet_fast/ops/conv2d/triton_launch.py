@@ -198,6 +198,11 @@ def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
     }
 
 
+def _vectors(epilogue: Epilogue) -> list[Tensor | None]:
+    vectors = (epilogue.scale, epilogue.shift)
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
 def _channels(operands: Operands) -> dict[str, int]:
     skip = operands.skip
     return {"C_X": operands.x.shape[1], "C_SKIP": 0 if skip is None else skip.shape[1]}
@@ -225,8 +230,7 @@ def _launch_boxes(
         None if skip is None else _boxes(skip, rows, columns, config.channels),
         TensorDescriptor(taps, list(taps.shape), list(taps.stride()), weight_box),
         None if residual is None else _boxes(residual, rows, columns, config.filters),
-        epilogue.scale,
-        epilogue.shift,
+        *_vectors(epilogue),
         _boxes(y, rows, columns, config.filters),
         None
         if stored_pool is None
@@ -277,8 +281,7 @@ def _launch_pointers(
         skip,
         weight,
         residual,
-        epilogue.scale,
-        epilogue.shift,
+        *_vectors(epilogue),
         y,
         partial,
         *x.shape[2:],
