@@ -151,17 +151,19 @@ def _sum(
 def box_of(grad: Tensor, x: Tensor, stride: Sequence[int]) -> tuple[int, int] | None:
     """Return (rows, columns) of the boxes that both operands are read in, None for pointers.
 
-    Boxes tile the image without a rest: a rest would multiply zeros by values that belong to no
-    pixel of the sum, and zero times infinity is not zero.
+    A box's pixels follow each other in the gradient: as rows of a matrix they are operands in
+    shared memory, otherwise they would pass through registers. Boxes tile the image without a rest:
+    a rest would multiply zeros by values that belong to no pixel of the sum, and 0 * inf is not 0.
     """
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
         return None
-    if tuple(stride) != (1, 1) or not (_boxes_reach(grad) and _boxes_reach(x)):
+    n, _, h, w = grad.shape
+    dense_rows = grad.is_contiguous(memory_format=torch.channels_last) and n * h * w < 2**31
+    if tuple(stride) != (1, 1) or not (dense_rows and _boxes_reach(grad) and _boxes_reach(x)):
         return None
-    h, w = grad.shape[2:]
     columns = min(w & -w, _BOX)
-    rows = min(h & -h, _BOX // columns)
-    return (rows, columns) if rows * columns == _BOX else None
+    rows = min(h & -h, _BOX // columns) if columns == w else 1
+    return (rows, columns) if rows * columns >= _BOX // 2 else None
 
 
 def _boxes_reach(tensor: Tensor) -> bool:
@@ -205,36 +207,20 @@ def _launch_tma(
 ) -> None:
     splits, k, taps, c = partials.shape
     n, _, oh, ow = grad.shape
-    boxes_h, boxes_w = oh // box[0], ow // box[1]
-    flat = is_flat(grad, box)
-    g = grad.permute(0, 2, 3, 1)
-    d_grad = (
-        TensorDescriptor.from_tensor(g.view(-1, k), [box[0] * box[1], config.block_k])
-        if flat
-        else TensorDescriptor.from_tensor(g, [1, *box, config.block_k])
-    )
+    boxes_h, boxes_w, pixels = oh // box[0], ow // box[1], box[0] * box[1]
+    rows = grad.permute(0, 2, 3, 1).view(-1, k)
+    d_grad = TensorDescriptor.from_tensor(rows, [pixels, config.block_k])
     d_input = TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1), [1, *box, config.block_c])
     tiles = triton.cdiv(k, config.block_k) * triton.cdiv(c, config.block_c) * taps
     # One program owns one tap and tile of the result in one split.
     conv2d_bwd_weight_tma_kernel[(tiles * splits,)](
         *(d_grad, d_input, partials),
-        *(n * boxes_h * boxes_w, config.split // (box[0] * box[1]), boxes_h, boxes_w),
+        *(n * boxes_h * boxes_w, config.split // pixels, boxes_h, boxes_w),
         *(*partials.stride()[:3], k, c, *kernel_size, *padding),
-        *(*box, config.block_k, config.block_c, flat, config.num_stages),
+        *(*box, config.block_k, config.block_c, config.num_stages),
         *(upcast(x), accumulator_type(x)),
         num_warps=config.num_warps,
     )
-
-
-def is_flat(grad: Tensor, box: tuple[int, int]) -> bool:
-    """Whether a box's pixels follow each other in memory, so that a matrix's rows describe them.
-
-    Only such boxes are read as operands from shared memory; others pass through registers.
-    """
-    rows, columns = box
-    in_order = rows == 1 or columns == grad.shape[3]
-    small = grad.shape[0] * grad.shape[2] * grad.shape[3] < 2**31  # coordinates have 32 bits
-    return in_order and small and grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def bias_gradient(grad_output: Tensor) -> Tensor:
@@ -298,13 +284,13 @@ def accumulator_type(tensor: Tensor) -> tl.dtype:
 def builds() -> list[Build]:
     """What is compiled ahead of time: both forms at the networks' widths, and the sums."""
     boxed = [
-        _boxed_build(dtype, channels, box, flat)
-        for dtype, channels, box, flat in (
-            ("bf16", 64, (1, 64), True),
-            ("bf16", 128, (1, 64), True),
-            ("bf16", 128, (2, 32), True),
-            ("bf16", 128, (8, 8), False),
-            ("fp16", 128, (1, 64), True),
+        _boxed_build(dtype, channels, box)
+        for dtype, channels, box in (
+            ("bf16", 64, (1, 64)),
+            ("bf16", 128, (1, 64)),
+            ("bf16", 128, (1, 32)),
+            ("bf16", 128, (8, 8)),
+            ("fp16", 128, (1, 64)),
         )
     ]
     pointed = [
@@ -321,17 +307,16 @@ def builds() -> list[Build]:
     return [*boxed, *pointed, *_sum_builds()]
 
 
-def _boxed_build(dtype: str, channels: int, box: tuple[int, int], flat: bool) -> Build:
+def _boxed_build(dtype: str, channels: int, box: tuple[int, int]) -> Build:
     config = configure(2**20, channels, channels, 9, 132)
     constexprs = {
         **{"K": channels, "C": channels, "R": 3, "S": 3, "PADDING_H": 1, "PADDING_W": 1},
         **{"BOX_H": box[0], "BOX_W": box[1], "BLOCK_K": config.block_k, "BLOCK_C": config.block_c},
-        **{"FLAT": flat, "STAGES": config.num_stages, "UPCAST": False, "ACC": tl.float32},
+        **{"STAGES": config.num_stages, "UPCAST": False, "ACC": tl.float32},
     }
-    rows = f"{box[0] * box[1]}" if flat else f"1, {box[0]}, {box[1]}"
     given = {
         "p_partials": "*fp32",
-        "d_grad": f"tensordesc<{dtype}[{rows}, {config.block_k}]>",
+        "d_grad": f"tensordesc<{dtype}[{box[0] * box[1]}, {config.block_k}]>",
         "d_input": f"tensordesc<{dtype}[1, {box[0]}, {box[1]}, {config.block_c}]>",
     }
     return Build(
@@ -343,9 +328,7 @@ def _boxed_build(dtype: str, channels: int, box: tuple[int, int], flat: bool) ->
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         architectures=(90, 100),
-        demands=frozenset(
-            {"no_spills", "matrix_instruction"} | ({"wgmma_from_shared_memory"} if flat else set())
-        ),
+        demands=frozenset({"no_spills", "matrix_instruction", "wgmma_from_shared_memory"}),
     )
 
 

@@ -67,7 +67,8 @@ def conv2d_bwd_weight_kernel(
     h_first = (first // OW % OH).to(tl.int32)
     n_first = first // OW // OH
     acc = tl.zeros((BLOCK_K, BLOCK_J), ACC)
-    for start in range(0, count, BLOCK_P):
+    # No split is empty; the compiler keeps products in flight only where it knows that.
+    for start in range(0, tl.maximum(count, 1), BLOCK_P):
         o_p = start + tl.arange(0, BLOCK_P)  # [BLOCK_P]
         m_p = o_p < count
         o_row = h_first + (w_first + o_p) // OW
@@ -100,7 +101,7 @@ def conv2d_bwd_weight_kernel(
 
 @triton.jit
 def conv2d_bwd_weight_tma_kernel(
-    d_grad,  # [N, OH, OW, K] in boxes [1, BOX_H, BOX_W, BLOCK_K], or FLAT as declared below
+    d_grad,  # [N * OH * OW, K] in boxes [BOX_H * BOX_W, BLOCK_K]
     d_input,  # [N, H, W, C] in boxes [1, BOX_H, BOX_W, BLOCK_C]; what lies outside reads as zero
     p_partials,  # [splits, K, R * S, C], C innermost
     boxes,  # in all
@@ -120,7 +121,6 @@ def conv2d_bwd_weight_tma_kernel(
     BOX_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    FLAT: tl.constexpr,  # d_grad is [N * OH * OW, K] in boxes [BOX_H * BOX_W, BLOCK_K]
     STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
     ACC: tl.constexpr,
@@ -138,14 +138,12 @@ def conv2d_bwd_weight_tma_kernel(
     i_s = i_tap % S - PADDING_W
     acc = tl.zeros((BLOCK_K, BLOCK_C), ACC)
     first = i_split * split
-    for i_box in tl.range(first, tl.minimum(first + split, boxes), num_stages=STAGES):
+    last = tl.maximum(tl.minimum(first + split, boxes), first + 1)  # as above
+    for i_box in tl.range(first, last, num_stages=STAGES):
         w = i_box % boxes_w * BOX_W
         h = i_box // boxes_w % boxes_h * BOX_H
         n = i_box // boxes_w // boxes_h
-        if FLAT:
-            b_grad = d_grad.load([i_box * (BOX_H * BOX_W), i_k])  # [BOX_H * BOX_W, BLOCK_K]
-        else:
-            b_grad = d_grad.load([n, h, w, i_k]).reshape(BOX_H * BOX_W, BLOCK_K)
+        b_grad = d_grad.load([i_box * (BOX_H * BOX_W), i_k])  # [BOX_H * BOX_W, BLOCK_K]
         b_input = d_input.load([n, h + i_r, w + i_s, i_c]).reshape(BOX_H * BOX_W, BLOCK_C)
         if UPCAST:
             b_grad = b_grad.to(ACC)
