@@ -116,7 +116,7 @@ def test_a_skip_is_copied_and_its_gradient_separated(
 
 
 @pytest.mark.usefixtures("small_blocks")
-@modes
+@pytest.mark.parametrize("mode", ["nearest", "bilinear_align_corners"])
 @layouts
 def test_nothing_beside_an_image_is_read_or_written(
     layout: str, mode: str, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from .triton_blocks import (
     OUTPUT_MASK,
     affine,
     cell,
+    innermost,
     normalise,
     program,
     replaces,
@@ -33,7 +34,6 @@ def routed(
     positions,
     H,
     W,
-    UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -41,12 +41,12 @@ def routed(
     b_winner = tl.zeros((b_p.shape[0], b_c.shape[0]), tl.int32)
     b_best = tl.full((b_p.shape[0], b_c.shape[0]), float("-inf"), ACC)
     for K in tl.static_range(4):
-        o, m = cell(i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, True, UNIT, CHANNELS_LAST)
+        o, m = cell(i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, True, CHANNELS_LAST)
         b_z = tl.load(p_z + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
         m_wins = replaces(b_z, b_best)
         b_best = tl.where(m_wins, b_z, b_best)
         b_winner = tl.where(m_wins, K, b_winner)
-    o, m = window(i_run, b_p, b_c, m_c, C, positions, H, W, UNIT, CHANNELS_LAST)
+    o, m = window(i_run, b_p, b_c, m_c, C, positions, H, W, CHANNELS_LAST)
     return b_winner, tl.load(p_grad_pooled + o, mask=m, other=0.0).to(ACC)
 
 
@@ -96,6 +96,7 @@ def bn_act_sums_bwd_kernel(
     NORMALISED: tl.constexpr,
 ):
     """Sums of g, g (x - mean) and g (r - rmean) over every tile: p_sums[tile, 3, C]."""
+    C, pixels = innermost(C, pixels, UNIT, CHANNELS_LAST)
     i_tile, i_run, first, b_c, m_c = program(C, spans, steps, BLOCK_P, BLOCK_C)
     b_mean, b_scale, b_bias = affine(
         p_mean, p_var, p_weight, p_bias, eps, b_c, m_c, HAS_WEIGHT, HAS_BIAS, ACC
@@ -110,12 +111,10 @@ def bn_act_sums_bwd_kernel(
         if POOL:
             b_winner, b_pooled = routed(
                 p_grad_pooled, p_z, i_run, b_p, b_c, m_c, C, pixels, positions, H, W,
-                UNIT, CHANNELS_LAST, ACC,
+                CHANNELS_LAST, ACC,
             )  # fmt: skip
         for K in tl.static_range(4 if POOL else 1):
-            o, m = cell(
-                i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, UNIT, CHANNELS_LAST
-            )
+            o, m = cell(i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, CHANNELS_LAST)
             b_g = tl.zeros((BLOCK_P, BLOCK_C), ACC)
             if HAS_GRAD:
                 b_g = tl.load(p_grad + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
@@ -264,6 +263,7 @@ def bn_act_bwd_kernel(
     HAS_DR: tl.constexpr,
 ):
     """Gradients of x and of the residual."""
+    C, pixels = innermost(C, pixels, UNIT, CHANNELS_LAST)
     _, i_run, first, b_c, m_c = program(C, spans, steps, BLOCK_P, BLOCK_C)
     READS_X: tl.constexpr = MASK == INPUT_MASK or (HAS_DX and BATCH_STATS)
     b_mean, b_scale, b_bias = affine(
@@ -285,12 +285,10 @@ def bn_act_bwd_kernel(
         if POOL:
             b_winner, b_pooled = routed(
                 p_grad_pooled, p_z, i_run, b_p, b_c, m_c, C, pixels, positions, H, W,
-                UNIT, CHANNELS_LAST, ACC,
+                CHANNELS_LAST, ACC,
             )  # fmt: skip
         for K in tl.static_range(4 if POOL else 1):
-            o, m = cell(
-                i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, UNIT, CHANNELS_LAST
-            )
+            o, m = cell(i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, CHANNELS_LAST)
             b_g = tl.zeros((BLOCK_P, BLOCK_C), ACC)
             if HAS_GRAD:
                 b_g = tl.load(p_grad + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]

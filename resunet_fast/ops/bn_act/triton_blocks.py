@@ -30,6 +30,14 @@ def program(C, spans, steps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def innermost(C, pixels, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The same sizes, the innermost of which the compiler then knows to be a multiple of UNIT."""
+    if CHANNELS_LAST:
+        return C // UNIT * UNIT, pixels
+    return C, pixels // UNIT * UNIT
+
+
+@triton.jit
 def cell(
     i_run,
     b_p,
@@ -42,44 +50,38 @@ def cell(
     W,
     K: tl.constexpr,
     POOL: tl.constexpr,
-    UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
     """Offsets of cell K of every position, and which exist: [BLOCK_P, BLOCK_C] each."""
-    m_p = b_p < positions
+    m_p = b_p < pixels
     if POOL:
+        m_p = b_p < positions
         columns = (W + 1) // 2
         b_row = b_p.to(tl.int32) // columns * 2 + K // 2
         b_column = b_p.to(tl.int32) % columns * 2 + K % 2
         m_p &= (b_row < H) & (b_column < W)
         b_p = b_row.to(tl.int64) * W + b_column
-    return offsets(i_run, b_p, b_c, C, pixels, UNIT, CHANNELS_LAST), m_p[:, None] & m_c[None, :]
+    return offsets(i_run, b_p, b_c, C, pixels, CHANNELS_LAST), m_p[:, None] & m_c[None, :]
 
 
 @triton.jit
-def window(
-    i_run, b_p, b_c, m_c, C, positions, H, W, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
+def window(i_run, b_p, b_c, m_c, C, positions, H, W, CHANNELS_LAST: tl.constexpr):
     """Offsets of every window in the pooled image, and which have all their cells."""
     columns = (W + 1) // 2
     b_row = b_p.to(tl.int32) // columns
     b_column = b_p.to(tl.int32) % columns
     m_p = (b_p < positions) & (b_row < H // 2) & (b_column < W // 2)
     b_pixel = b_row.to(tl.int64) * (W // 2) + b_column
-    unit: tl.constexpr = UNIT if CHANNELS_LAST else 1  # UNIT need not divide a pooled plane
-    o = offsets(i_run, b_pixel, b_c, C, (H // 2) * (W // 2), unit, CHANNELS_LAST)
+    o = offsets(i_run, b_pixel, b_c, C, (H // 2) * (W // 2), CHANNELS_LAST)
     return o, m_p[:, None] & m_c[None, :]
 
 
 @triton.jit
-def offsets(i_run, b_pixel, b_c, C, pixels, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Offsets [BLOCK_P, BLOCK_C] of pixels of a run; UNIT divides the innermost size."""
-    # Rounding to a multiple that it already is tells the compiler how wide an access may be.
+def offsets(i_run, b_pixel, b_c, C, pixels, CHANNELS_LAST: tl.constexpr):
+    """Offsets [BLOCK_P, BLOCK_C] of pixels of a run."""
     if CHANNELS_LAST:
-        c = C // UNIT * UNIT
-        return (i_run * pixels + b_pixel)[:, None] * c + b_c[None, :]
-    p = pixels // UNIT * UNIT
-    return (i_run * C + b_c)[None, :] * p + b_pixel[:, None]
+        return (i_run * pixels + b_pixel)[:, None] * C + b_c[None, :]
+    return (i_run * C + b_c)[None, :] * pixels + b_pixel[:, None]
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -68,7 +69,7 @@ def launch(
 
 def builds() -> list[Build]:
     """Every kernel with the flags that change its code, in the dtypes and layouts that matter."""
-    return [*_merges(), *_images()]
+    return [*_merges(), *_images(), _multiple_of_eight()]
 
 
 def _images() -> Iterator[Build]:
@@ -79,6 +80,17 @@ def _images() -> Iterator[Build]:
         yield from (make(dtype, True, "norm-pool") for make in (_forward, _sums, _backward))
         yield _forward(dtype, True, "residual")
     yield from (make("bf16", False, "norm-pool") for make in (_forward, _sums, _backward))
+
+
+def _multiple_of_eight() -> Build:
+    """As many channels as one access holds, of which Triton itself sees no multiple."""
+    build = _forward("bf16", True, "plain")
+    return replace(
+        build,
+        name=_name("fwd", "bf16", True, "eight"),
+        aligned=tuple(name for name in build.aligned if name != "C"),
+        constexprs={**build.constexprs, "UNIT": 8},
+    )
 
 
 def _sizes(blocks: Blocks, last: bool, pool: bool) -> tuple[dict[str, Any], Tiling]:

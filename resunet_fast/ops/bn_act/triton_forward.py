@@ -10,6 +10,7 @@ from .triton_blocks import (
     NORMALISED_RESIDUAL,
     affine,
     cell,
+    innermost,
     normalise,
     offsets,
     program,
@@ -33,10 +34,11 @@ def bn_act_stats_fwd_kernel(
     ACC: tl.constexpr,
 ):
     """Mean and sum of squared distances from it of every tile: p_moments[tile, 2, C]."""
+    C, pixels = innermost(C, pixels, UNIT, CHANNELS_LAST)
     i_tile, i_run, first, b_c, m_c = program(C, spans, steps, BLOCK_P, BLOCK_C)
     b_p = first + tl.arange(0, BLOCK_P)
     m = (b_p < pixels)[:, None] & m_c[None, :]
-    o = offsets(i_run, b_p, b_c, C, pixels, UNIT, CHANNELS_LAST)
+    o = offsets(i_run, b_p, b_c, C, pixels, CHANNELS_LAST)
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
     left = pixels - first
     b_shift = tl.sum(b_x, axis=0) / tl.minimum(left, BLOCK_P).to(ACC)  # [BLOCK_C]
@@ -47,7 +49,7 @@ def bn_act_stats_fwd_kernel(
     for step in range(1, steps):
         b_p = first + step * BLOCK_P + tl.arange(0, BLOCK_P)
         m = (b_p < pixels)[:, None] & m_c[None, :]
-        o = offsets(i_run, b_p, b_c, C, pixels, UNIT, CHANNELS_LAST)
+        o = offsets(i_run, b_p, b_c, C, pixels, CHANNELS_LAST)
         b_x = tl.load(p_x + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
         b_distance = tl.where(m, b_x - b_shift[None, :], 0.0)
         b_sum += b_distance
@@ -146,6 +148,7 @@ def bn_act_fwd_kernel(
     POOL: tl.constexpr,
 ):
     """z = relu((x - mean) * scale + bias [+ r | + the same of r]) and its 2x2 maxima."""
+    C, pixels = innermost(C, pixels, UNIT, CHANNELS_LAST)
     _, i_run, first, b_c, m_c = program(C, spans, steps, BLOCK_P, BLOCK_C)
     b_mean, b_scale, b_bias = affine(
         p_mean, p_var, p_weight, p_bias, eps, b_c, m_c, HAS_WEIGHT, HAS_BIAS, ACC
@@ -158,9 +161,7 @@ def bn_act_fwd_kernel(
         b_p = first + step * BLOCK_P + tl.arange(0, BLOCK_P)
         b_best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), ACC)
         for K in tl.static_range(4 if POOL else 1):
-            o, m = cell(
-                i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, UNIT, CHANNELS_LAST
-            )
+            o, m = cell(i_run, b_p, b_c, m_c, C, pixels, positions, H, W, K, POOL, CHANNELS_LAST)
             b_x = tl.load(p_x + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             b_v = normalise(b_x, b_mean, b_scale, b_bias)
             if RESIDUAL != NO_RESIDUAL:
@@ -176,5 +177,5 @@ def bn_act_fwd_kernel(
                 b_cell = b_z.to(ACC)  # as stored
                 b_best = tl.where(replaces(b_cell, b_best), b_cell, b_best)
         if POOL:
-            o, m = window(i_run, b_p, b_c, m_c, C, positions, H, W, UNIT, CHANNELS_LAST)
+            o, m = window(i_run, b_p, b_c, m_c, C, positions, H, W, CHANNELS_LAST)
             tl.store(p_pooled + o, b_best.to(p_pooled.dtype.element_ty), mask=m)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 """Device code of upsampling: the map, with a skip copied behind it, and its transpose as a gather.
 
 Blocks are [pixels, channels] in either layout. A program owns a block of an image's pixels, of the
@@ -77,6 +77,9 @@ def upsample_fwd_kernel(
     ACC: tl.constexpr,
 ):
     """Resize x [N, C, H, W] to [OH, OW] and copy the skip [N, S, OH, OW] behind its channels."""
+    # The same numbers, which the compiler then knows to be multiples of UNIT.
+    C = C // UNIT * UNIT
+    S = S // UNIT * UNIT
     source_blocks = tl.cdiv(C, BLOCK_C)
     channel_blocks = source_blocks + tl.cdiv(S, BLOCK_C)
     pixels = tl.cast(OH, tl.int64) * OW
@@ -90,7 +93,7 @@ def upsample_fwd_kernel(
     if HAS_SKIP and i_c >= source_blocks:
         b_c = (i_c - source_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
         m = m_p & (b_c < S)[None, :]
-        o = offsets(i_n, b_pixel, b_c, S, pixels, UNIT, CHANNELS_LAST)
+        o = offsets(i_n, b_pixel, b_c, S, pixels, CHANNELS_LAST)
         b_y = tl.load(p_skip + o, mask=m, other=0.0)  # [BLOCK_P, BLOCK_C], copied as it is
         b_c += C
     else:
@@ -100,20 +103,20 @@ def upsample_fwd_kernel(
         b_left, b_right, b_across = taps(b_column, W, OW, MODE, ACC)
         source = tl.cast(H, tl.int64) * W
         b_at = b_top.to(tl.int64) * W
-        o = offsets(i_n, b_at + b_left, b_c, C, source, UNIT, CHANNELS_LAST)
+        o = offsets(i_n, b_at + b_left, b_c, C, source, CHANNELS_LAST)
         b_y = tl.load(p_x + o, mask=m, other=0.0)  # [BLOCK_P, BLOCK_C]
         if MODE != NEAREST:
             b_below = b_bottom.to(tl.int64) * W
-            o_below = offsets(i_n, b_below + b_left, b_c, C, source, UNIT, CHANNELS_LAST)
+            o_below = offsets(i_n, b_below + b_left, b_c, C, source, CHANNELS_LAST)
             b_lower = tl.load(p_x + o_below, mask=m, other=0.0).to(ACC)
             b_start = blend(b_y.to(ACC), b_lower, b_down)
-            o = offsets(i_n, b_at + b_right, b_c, C, source, UNIT, CHANNELS_LAST)
-            o_below = offsets(i_n, b_below + b_right, b_c, C, source, UNIT, CHANNELS_LAST)
+            o = offsets(i_n, b_at + b_right, b_c, C, source, CHANNELS_LAST)
+            o_below = offsets(i_n, b_below + b_right, b_c, C, source, CHANNELS_LAST)
             b_upper = tl.load(p_x + o, mask=m, other=0.0).to(ACC)
             b_lower = tl.load(p_x + o_below, mask=m, other=0.0).to(ACC)
             b_end = blend(b_upper, b_lower, b_down)
             b_y = blend(b_start, b_end, b_across).to(p_y.dtype.element_ty)
-    o = offsets(i_n, b_pixel, b_c, C + S, pixels, UNIT, CHANNELS_LAST)
+    o = offsets(i_n, b_pixel, b_c, C + S, pixels, CHANNELS_LAST)
     tl.store(p_y + o, b_y, mask=m)
 
 
@@ -162,6 +165,9 @@ def upsample_bwd_kernel(
     ACC: tl.constexpr,
 ):
     """Gather the gradient of x [N, C, H, W] from the first C of dy's channels, in a fixed order."""
+    # The same numbers, which the compiler then knows to be multiples of UNIT.
+    C = C // UNIT * UNIT
+    channels = channels // UNIT * UNIT
     channel_blocks = tl.cdiv(C, BLOCK_C)
     pixels = tl.cast(H, tl.int64) * W
     pixel_blocks = tl.cdiv(pixels, BLOCK_P)
@@ -179,9 +185,9 @@ def upsample_bwd_kernel(
         b_at = (b_top + r).to(tl.int64) * OW
         for s in tl.range(0, COLUMNS, loop_unroll_factor=4):
             b_share = b_down * share(b_left + s, b_column, W, OW, MODE, ACC)  # [BLOCK_P]
-            o = offsets(i_n, b_at + b_left + s, b_c, channels, target, UNIT, CHANNELS_LAST)
+            o = offsets(i_n, b_at + b_left + s, b_c, channels, target, CHANNELS_LAST)
             m = ((b_share != 0.0) & (b_row < H))[:, None] & m_c
             b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             b_dx += b_share[:, None] * b_dy
-    o = offsets(i_n, b_row.to(tl.int64) * W + b_column, b_c, C, pixels, UNIT, CHANNELS_LAST)
+    o = offsets(i_n, b_row.to(tl.int64) * W + b_column, b_c, C, pixels, CHANNELS_LAST)
     tl.store(p_dx + o, b_dx.to(p_dx.dtype.element_ty), mask=(b_row < H)[:, None] & m_c)
