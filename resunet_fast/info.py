@@ -30,11 +30,18 @@ def _isa() -> str | None:
 
 
 def _refusals(name: str) -> dict[str, list[str]]:
-    """What each implementation has against a small float32 tensor on this machine."""
-    implementations = registry.OPERATORS[name].implementations.values()
-    probe = torch.zeros(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    arguments = [probe, probe, None, None, True, [1, 1], [1, 1], [1, 1], 1]
-    return {i.name: i.refusals(*arguments) for i in implementations}
+    """What each implementation has against small float32 tensors on this machine."""
+    operator = registry.OPERATORS[name]
+    arguments = [_probe(str(a.type)) for a in operator.overload._schema.arguments[:-1]]
+    return {i.name: i.refusals(*arguments) for i in operator.implementations.values()}
+
+
+def _probe(kind: str) -> Any:
+    """A value of one of the types of schemas, absent where that is allowed."""
+    if kind == "Tensor":
+        return torch.zeros(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    values = {"List[int]": [1, 1], "int": 1, "bool": True, "float": 1.0, "str": "none"}
+    return None if kind.startswith("Optional") else values.get(kind, [True] * 6)
 
 
 def text(facts: dict[str, Any]) -> str:

@@ -203,7 +203,6 @@ def test_a_gpu_has_no_products_of_wide_floats() -> None:
 DOWNSAMPLES = ["maxpool", "stride"]
 
 
-@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("downsample", DOWNSAMPLES)
 @pytest.mark.parametrize("size", [(8, 12), (9, 14), (11, 7)])
 def test_networks_use_it_and_learn_the_same(downsample: str, size: tuple[int, int]) -> None:
@@ -215,6 +214,12 @@ def test_networks_use_it_and_learn_the_same(downsample: str, size: tuple[int, in
     with Calls() as calls:
         step(fast, x)
     assert (calls.ours, calls.torchs) == (2, 0)
+
+
+@pytest.mark.usefixtures("backend")
+def test_networks_learn_the_same_on_every_backend() -> None:
+    fast, twin = pair(upsample="transpose", width_factors=(1, 2))
+    assert_same_step(fast, twin, image(2, 3, 5, 6))
 
 
 def test_networks_compile_into_one_graph() -> None:

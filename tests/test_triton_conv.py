@@ -317,6 +317,13 @@ def test_slices_of_larger_buffers(launches: list[str]) -> None:
     assert launches == ["pointer", "pointer"]  # not dense; not aligned to 16 bytes
 
 
+@pytest.mark.parametrize("channels", [8, 5])
+def test_a_strided_bias(channels: int) -> None:
+    bias = torch.randn(16, device=DEVICE)[::2]
+    a = arguments(image(1, channels, 4, 5), filters(8, channels), bias=bias)
+    close("y", ours(a).output, judge(a), DTYPES[0], 72)
+
+
 def test_an_expanded_gradient() -> None:
     x, weight = image(2, 8, 4, 5), filters(8, 8)
     grad = torch.ones(1, 1, 1, 1, dtype=x.dtype, device=DEVICE).expand(2, 8, 4, 5)
@@ -346,3 +353,11 @@ def test_the_same_bits_at_every_call() -> None:
     first, second = (ours(arguments(x, weight), statistics=True) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_contiguous_operands_of_a_channels_last_result(launches: list[str]) -> None:
+    x, weight = image(1, 8, 5, 6, layout="nchw"), filters(8, 8)
+    y = ours(arguments(x, weight)).output
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    close("y", y, judge(arguments(x, weight)), DTYPES[0], 72)
+    assert launches == ["tma"]

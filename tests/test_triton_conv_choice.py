@@ -12,6 +12,7 @@ from torch import Tensor
 
 import resunet_fast as rf
 from resunet_fast import environment, tuning
+from resunet_fast.ops.backends import cudnn_unavailable
 from resunet_fast.ops.conv2d import gpu
 from resunet_fast.registry import OPERATORS, nothing
 from resunet_fast.testing import CASES, Case, assert_close, make_inputs, tolerance
@@ -37,9 +38,7 @@ LINE = {
     "microseconds": {"cudnn": 812.0, "triton": 640.0},
     "config": CONFIG,
 }
-CONVOLUTIONS = [
-    case for case in CASES if case.operator.startswith(("conv2d", "conv_b", "bn_act_c"))
-]
+CONVOLUTIONS = [c for c in CASES if c.operator in ("conv2d", "conv_bn_act", "bn_act_conv")]
 
 
 def convolution(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tuple[Any, ...]:
@@ -205,21 +204,45 @@ def test_cudnn_refuses_tensors_on_the_cpu_and_says_so() -> None:
     assert explanation.chosen == "cpu" or explanation.refusals["cpu"]
 
 
+def test_cudnn_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(rf.BackendError, match="cuDNN needs an NVIDIA GPU"), rf.use_backend("cudnn"):
+        pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_has_cudnn", False)
+    assert cudnn_unavailable() == ["this torch was built without cuDNN"]
+    monkeypatch.setattr(torch._C, "_has_cudnn", True)
+    assert cudnn_unavailable() == []
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    assert cudnn_unavailable() == ["torch.backends.cudnn.enabled is False"]
+
+
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("boxes", [True, False])
-def test_picked_tiles_are_what_kernels_can_run(boxes: bool, itemsize: int) -> None:
+def test_picked_tiles_fit_into_shared_memory(boxes: bool, itemsize: int) -> None:
+    limit = 227 if boxes else 99 * itemsize // 2  # KiB: sm_90 has 227, the smallest GPUs 99
     for size in (1, 2, 5, 16, 33, 512):
         for channels in (3, 8, 40, 64, 1024):
             for filters in (1, 24, 64, 200):
                 shape = (2, size, size + 1, channels, filters, (3, 3), (1, 1))
                 config = pick(ConvProblem("conv2d", *shape, "", itemsize), boxes=boxes)
-                pixels = config.rows * config.columns
-                for side in (config.filters, pixels, config.channels):
-                    assert side >= 16
-                    assert side.bit_count() == 1
-                assert config.rows >= 4 or not boxes  # statistics are taken by quarters
-                loads = (config.filters + pixels) * config.channels * itemsize * config.stages
-                assert loads <= (227 if boxes else 99 * itemsize // 2) * 1024
+                assert config.family == ("tma" if boxes else "pointer")
+                rows = config.filters + config.rows * config.columns
+                assert rows * config.channels * itemsize * config.stages <= limit * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"filters": 24}, "tiles: expected powers of two of at least 16"),
+        ({"channels": 8}, "tiles: expected powers of two of at least 16"),
+        ({"rows": 2}, "rows, columns: expected at least"),
+        ({"family": "im2col"}, "family: expected 'tma' or 'pointer', got 'im2col'"),
+    ],
+)
+def test_tiles_that_no_kernel_has(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ConvConfig(**{**CONFIG, **change})
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.id)

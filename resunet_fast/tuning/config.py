@@ -51,6 +51,9 @@ class ConvConfig:
         filters, rows, columns: of the result that one program owns.
         channels: added in one step.
         warps, stages: of the launch and of its loads.
+
+    Raises:
+        ValueError: tiles that the kernels cannot have.
     """
 
     family: str
@@ -60,6 +63,20 @@ class ConvConfig:
     channels: int
     warps: int
     stages: int
+
+    def __post_init__(self) -> None:
+        sides = (self.filters, self.rows * self.columns, self.channels)
+        if any(side < 16 or side & (side - 1) for side in sides):
+            raise ValueError(f"tiles: expected powers of two of at least 16, got {sides}")
+        # Statistics are taken by quarters of the rows, maxima of 2x2.
+        least = {"tma": (4, 2), "pointer": (1, 16)}.get(self.family)
+        if least is None:
+            raise ValueError(f"family: expected 'tma' or 'pointer', got {self.family!r}")
+        if self.rows < least[0] or self.columns < least[1]:
+            raise ValueError(
+                f"rows, columns: expected at least {least} for {self.family!r},"
+                f" got {(self.rows, self.columns)}"
+            )
 
 
 def pick(problem: ConvProblem, *, boxes: bool) -> ConvConfig:

@@ -18,6 +18,7 @@ from ..layout import accumulator, dense, empty
 from .triton_epilogue import bn_stats_merge_kernel
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
+from .triton_wgrad import channels_innermost
 
 MERGED_TILES = 128
 MERGED_FILTERS = 16
@@ -111,6 +112,9 @@ def convolve(
         layout: of the result.
         epilogue: what follows.
     """
+    if layout == torch.channels_last:
+        x = channels_innermost(x)
+        skip = None if skip is None else channels_innermost(skip)
     y = empty(x, (x.shape[0], weight.shape[0], *size), layout)
     residual = None if epilogue.residual is None else dense(epilogue.residual, layout)
     operands = Operands(x, skip, weight, residual, y)
@@ -194,6 +198,11 @@ def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
     }
 
 
+def _vectors(epilogue: Epilogue) -> list[Tensor | None]:
+    vectors = (epilogue.scale, epilogue.shift)
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
 def _channels(operands: Operands) -> dict[str, int]:
     skip = operands.skip
     return {"C_X": operands.x.shape[1], "C_SKIP": 0 if skip is None else skip.shape[1]}
@@ -221,8 +230,7 @@ def _launch_boxes(
         None if skip is None else _boxes(skip, rows, columns, config.channels),
         TensorDescriptor(taps, list(taps.shape), list(taps.stride()), weight_box),
         None if residual is None else _boxes(residual, rows, columns, config.filters),
-        epilogue.scale,
-        epilogue.shift,
+        *_vectors(epilogue),
         _boxes(y, rows, columns, config.filters),
         None
         if stored_pool is None
@@ -243,6 +251,7 @@ def _launch_boxes(
         BLOCK_K=config.filters,
         STAGES=config.stages,
         num_warps=config.warps,
+        num_stages=config.stages,
     )
     return pooled
 
@@ -272,8 +281,7 @@ def _launch_pointers(
         skip,
         weight,
         residual,
-        epilogue.scale,
-        epilogue.shift,
+        *_vectors(epilogue),
         y,
         partial,
         *x.shape[2:],
@@ -301,6 +309,7 @@ def _launch_pointers(
         BLOCK_K=config.filters,
         STAGES=config.stages,
         num_warps=config.warps,
+        num_stages=config.stages,
     )
 
 
