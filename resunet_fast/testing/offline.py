@@ -81,7 +81,7 @@ def builds(modules: Iterable[str]) -> list[Build]:
         for build in import_module(module).builds():
             check_names(build.name, build.demands)
             other = found.setdefault(build.name, build)
-            if (other.kernel, other.constexprs) != (build.kernel, build.constexprs):
+            if other != build:
                 raise ValueError(f"builds: expected different names, got {build.name!r} twice")
     return list(found.values())
 

@@ -162,7 +162,7 @@ def bn_act_merge_bwd_kernel(
     The three are mean(g), mean(g xhat) / deviation, and the latter for the residual; sums in
     float64, in a fixed order.
     """
-    b_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = b_c < C
     total = tl.cast(count, tl.float64)
     b_sum = tile_sum(p_sums + b_c, m_c, C, tiles, BLOCK_T, BLOCK_C)  # [BLOCK_C]

@@ -71,7 +71,8 @@ def window(i_run, b_p, b_c, m_c, C, positions, H, W, CHANNELS_LAST: tl.constexpr
     b_column = b_p.to(tl.int32) % columns
     m_p = (b_p < positions) & (b_row < H // 2) & (b_column < W // 2)
     b_pixel = b_row.to(tl.int64) * (W // 2) + b_column
-    o = offsets(i_run, b_pixel, b_c, C, (H // 2) * (W // 2), CHANNELS_LAST)
+    pixels = tl.cast(H // 2, tl.int64) * (W // 2)
+    o = offsets(i_run, b_pixel, b_c, C, pixels, CHANNELS_LAST)
     return o, m_p[:, None] & m_c[None, :]
 
 

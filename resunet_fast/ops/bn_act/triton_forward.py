@@ -77,7 +77,7 @@ def bn_act_merge_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Mean and biased variance from the tiles' moments, in float64 and a fixed order."""
-    b_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = b_c < C
     total = tl.cast(count, tl.float64)
     b_mean = tl.zeros((BLOCK_C,), tl.float64)
