@@ -83,12 +83,13 @@ def instructions(cubin: Path, nvdisasm: str) -> dict[str, list[str]]:
     done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
     found: dict[str, list[str]] = defaultdict(list)
     kernel = ""
-    for line in readable(done.stdout).splitlines():
+    for line in done.stdout.splitlines():
         if line.startswith(".text."):
             kernel = line.removeprefix(".text.").rstrip(":")
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", line):
             found[kernel].append(match.group(1))
-    return found
+    names = readable("\n".join(found)).splitlines()
+    return dict(zip(names, found.values(), strict=True))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: the operator templates, misaligned operands, streams, graph capture."""
+"""The CUDA kernels on a GPU: operator templates, misaligned operands, streams, graph capture."""
 
 from __future__ import annotations
 
