@@ -255,7 +255,9 @@ def run_ninja(ninja: str, path: Path, target: Path) -> None:
         return
     print(done.stdout + done.stderr, file=sys.stderr)
     lines = (done.stdout + done.stderr).splitlines()
-    errors = [line.strip() for line in lines if re.search("error|fatal", line.lower())]
+    errors = [
+        line.strip() for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)
+    ]
     raise UnavailableError(f"compilation failed: {(errors or lines or ['no output'])[0]}")
 
 

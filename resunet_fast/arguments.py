@@ -97,12 +97,15 @@ def normalises(shape: Sequence[int], dtype: torch.dtype, norm: Norm, pool: bool)
         return False
     if dtype not in DTYPES or not _tracks(norm):
         return False
-    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    given = [v for v in vectors if v is not None]
-    allowed = (dtype, accumulator(dtype))
-    return len({v.dtype for v in given}) <= 1 and all(
-        v.dtype in allowed and v.shape == (c,) for v in given
-    )
+    common: torch.dtype | None = None
+    for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        if v is None:
+            continue
+        if common is None:
+            common = v.dtype
+        if v.dtype != common or v.dim() != 1 or v.shape[0] != c:
+            return False
+    return common in (None, dtype, accumulator(dtype))
 
 
 def _tracks(norm: Norm) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,37 @@ def _library(name: str) -> Path | None:
     return found[0] if found else None
 
 
-def _load(library: Path) -> list[str]:
+def _has_kernels(key: str) -> bool:
+    # An operator that every library has a kernel for.
+    return hasattr(ops(), "bn_stats") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "resunet_fast_native::bn_stats", key
+    )
+
+
+def _is_truncated(library: Path) -> bool:
+    """Whether an ELF file ends before the table that lies at its end; loading it would crash."""
+    header = library.read_bytes()[:64]
+    if header[:5] != b"\x7fELF\x02":
+        return not header
+    offset, size, count = struct.unpack_from("<40xQ10xHH", header.ljust(64, b"\xff"))
+    return bool(library.stat().st_size < offset + size * count)
+
+
+def _load(library: Path, key: str) -> list[str]:
+    """Load a library that registers kernels under a dispatch key, unless it cannot be."""
+    if _is_truncated(library):
+        return [f"the compiled library {library.name} is truncated; install resunet_fast again"]
+    ours = str(library) in torch.ops.loaded_libraries
+    if not ours and _has_kernels(key):
+        return [f"another copy of {library.name} is loaded already and has registered its kernels"]
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0]
-        return [f"the compiled library {library.name} does not load: {first_line}"]
+        reason = str(error.__cause__ or error).splitlines()[0]
+        built = build_info().get("torch")
+        if built not in (None, torch.__version__):
+            reason += f" (built next to torch {built}, loaded by torch {torch.__version__})"
+        return [f"the compiled library {library.name} does not load: {reason}"]
     return []
 
 
@@ -50,7 +76,7 @@ def unavailable() -> list[str]:
     library = _library("_C")
     if library is None:
         return [f"the compiled library is not installed ({_why_not_built('cpu')})"]
-    return _load(library)
+    return _load(library, "CPU")
 
 
 @cache
@@ -69,7 +95,7 @@ def cuda_unavailable() -> list[str]:
         return [f"the CUDA library was built, but this torch ({torch.__version__}) is CPU-only"]
     if not torch.cuda.is_available():
         return ["the CUDA library was built, but torch finds no NVIDIA GPU"]
-    return _load(library)
+    return _load(library, "CUDA")
 
 
 @cache

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.nn import Parameter
 
 Refusals = Callable[..., list[str]]
 
@@ -85,10 +87,11 @@ class Operator:
         qualified = f"resunet_fast::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=LIBRARY)
         if self.backward is None:
-            LIBRARY.impl(self.name, self._mutate, "Autograd")
+            LIBRARY.impl(self.name, self._mutate_dispatched, "Autograd")
         else:
-            self._function = _autograd_function(self)
-            LIBRARY.impl(self.name, self._differentiate, "Autograd")
+            self._straight = _autograd_function(self, self._compute)
+            self._dispatched = _autograd_function(self, self._dispatch)
+            LIBRARY.impl(self.name, self._differentiate_dispatched, "Autograd")
         self.overload: Any = getattr(torch.ops.resunet_fast, self.name).default
         arguments = self.overload._schema.arguments
         self._defaults = tuple(
@@ -102,8 +105,16 @@ class Operator:
         OPERATORS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        """Call through the dispatcher: autograd, fake tensors and tracing see the operator."""
-        return self.overload(*args)
+        """Call the operator; autograd, fake tensors, tracing and profiling see it.
+
+        Where none of them but autograd is there, the dispatcher would only convert every argument
+        to C++ and back, twice: then its steps are taken without it.
+        """
+        if torch.compiler.is_compiling() or not _plain(args):
+            return self.overload(*args)
+        if self.backward is None:
+            return self._mutate(args, self._compute)
+        return self._differentiate(args, self._compute, self._straight)
 
     def add(self, *implementations: Implementation) -> None:
         """Register implementations, kept in the order of :data:`PREFERENCE`."""
@@ -116,13 +127,24 @@ class Operator:
     def _compute(self, *args: Any) -> Any:
         *inputs, backend = self.complete(args)
         implementation = select(self, inputs, backend)
+        if not torch._C._is_any_autocast_enabled():
+            return implementation.compute(*inputs)
         with _no_autocast(inputs):
             return implementation.compute(*inputs)
+
+    def _dispatch(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     def _fake(self, *args: Any) -> Any:
         return self.fake(*self.complete(args)[:-1])
 
-    def _differentiate(self, *args: Any) -> Any:
+    def _differentiate_dispatched(self, *args: Any) -> Any:
+        return self._differentiate(args, self._dispatch, self._dispatched)
+
+    def _differentiate(
+        self, args: Sequence[Any], run: Callable[..., Any], function: type[Function]
+    ) -> Any:
         inputs = self.complete(args)
         if _has_tangents(inputs):
             # A custom operator would return tangents of zero, silently.
@@ -132,16 +154,20 @@ class Operator:
         ):
             if self._keep is not None:
                 inputs = (*inputs[: self._keep], True, *inputs[self._keep + 1 :])
-            return self._function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*inputs)
+            # Not `function.apply`, which first looks for what torch.func may have left behind.
+            return super(Function, function).apply(*inputs)  # type: ignore[misc]
+        return run(*inputs)
 
-    def _mutate(self, *args: Any) -> None:
+    def _mutate_dispatched(self, *args: Any) -> None:
+        self._mutate(args, self._dispatch)
+
+    def _mutate(self, args: Sequence[Any], run: Callable[..., Any]) -> None:
+        run(*args)
+        if torch.is_inference_mode_enabled():
+            return
         # Autograd learns that a tensor has changed from its version, and of nothing else.
-        with torch._C._AutoDispatchBelowAutograd():
-            self.overload(*args)
-        written = [args[i] for i in self._written if args[i] is not None]
-        torch.autograd.graph.increment_version(written)
+        written = (args[i] for i in self._written if args[i] is not None)
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
     def complete(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Append the schema's defaults: the dispatcher drops trailing arguments that equal them."""
@@ -149,6 +175,26 @@ class Operator:
         if _REQUIRED in missing:
             raise TypeError(f"{self.name}: got {len(args)} arguments for {self.schema}")
         return (*args, *missing)
+
+
+def _plain(values: Sequence[Any]) -> bool:
+    """Whether an operator on these has no other audience than autograd."""
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            # The older vmap, behind torch.autograd.grad(is_grads_batched=True), has no class.
+            if value.is_meta or torch._C._functorch.is_legacy_batchedtensor(value):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+    return True
 
 
 def _no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[None]:
@@ -172,16 +218,15 @@ def _has_tangents(inputs: Sequence[Any]) -> bool:
     )
 
 
-def _autograd_function(operator: Operator) -> type[torch.autograd.Function]:
-    """Wrap an operator's formula for autograd.
+def _autograd_function(operator: Operator, run: Callable[..., Any]) -> type[Function]:
+    """Wrap an operator's formula for autograd; `run` computes without it.
 
     torch.library.register_autograd would do, but looks up every default of the schema at each call:
     180 microseconds for twenty-five arguments, ten times the rest.
     """
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = operator.overload(*inputs)
+        outputs = run(*inputs)
         assert operator.setup_context is not None
         operator.setup_context(ctx, inputs, outputs)
         return outputs
@@ -191,7 +236,7 @@ def _autograd_function(operator: Operator) -> type[torch.autograd.Function]:
         return operator.backward(ctx, *grads)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"{operator.name}_autograd", (torch.autograd.Function,), members)
+    return type(f"{operator.name}_autograd", (Function,), members)
 
 
 def select(operator: Operator, inputs: Sequence[Any], backend: str) -> Implementation:

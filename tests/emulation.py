@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU: the sources as they are, but for the two files that call CUDA.
+"""Builds the CUDA kernels for the CPU: the sources as they are, but for the two that call CUDA.
 
 `tests/cuda/launch.cuh` runs the threads of a block as coroutines and `tests/cuda/device.h` has no
 stream; everything else, the operators with their checks and the kernels with their index
@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import setuptools
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def setup_script() -> dict[str, Any]:
     """The names that setup.py defines, without running setup()."""
-    with mock.patch.object(setuptools, "setup", lambda **_: None):
+    with mock.patch("setuptools.setup"):
         return runpy.run_path(str(ROOT / "setup.py"))
 
 

@@ -17,28 +17,30 @@ NATIVE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def cpu_refusals(*inputs: Any) -> list[str]:
     """What the C++ CPU implementations have against some operator arguments."""
-    reasons = list(native.unavailable())
+    reasons = native.unavailable()
+    if reasons:
+        return reasons
     for tensor in inputs:
         if isinstance(tensor, Tensor):
-            if tensor.device.type != "cpu":
-                return [*reasons, f"it needs tensors on the CPU, got one on {tensor.device}"]
+            if not tensor.is_cpu:
+                return [f"it needs tensors on the CPU, got one on {tensor.device}"]
             if tensor.dtype not in NATIVE_DTYPES and tensor.dtype != torch.int64:
-                return [*reasons, f"it has no {tensor.dtype} kernels"]
+                return [f"it has no {tensor.dtype} kernels"]
     return reasons
 
 
 def cuda_refusals(*inputs: Any) -> list[str]:
     """What the CUDA C++ implementations have against some operator arguments."""
-    reasons = list(native.cuda_unavailable())
+    reasons = native.cuda_unavailable()
+    if reasons:
+        return reasons
     for tensor in inputs:
         if isinstance(tensor, Tensor):
             if not tensor.is_cuda:
-                return [*reasons, f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
+                return [f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
             if tensor.dtype not in NATIVE_DTYPES and tensor.dtype != torch.int64:
-                return [*reasons, f"it has no {tensor.dtype} kernels"]
-    # The first argument of every operator is a tensor, or None next to one on the same device.
-    device = next(tensor.device for tensor in inputs if isinstance(tensor, Tensor))
-    return reasons or native.device_refusals(device)
+                return [f"it has no {tensor.dtype} kernels"]
+    return native.device_refusals(next(t.device for t in inputs if isinstance(t, Tensor)))
 
 
 def triton_unavailable() -> list[str]:

@@ -87,7 +87,7 @@ __device__ __forceinline__ Pack<T, kWidth> larger(
 
 // A thread owns 2x2 windows: the pooled value is computed from the outputs as stored.
 template <class T, int kWidth, bool kNormalized>
-__global__ void __launch_bounds__(kThreads) bn_act_pool_fwd_kernel(const ForwardArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) bn_act_pool_fwd_kernel(const ForwardArgs args) {
   const Sweep& sweep = args.sweep;
   const Tile tile = tile_of(sweep, blockIdx.x);
   const Lane lane = lane_of(sweep, tile.group, threadIdx.x);
