@@ -15,7 +15,7 @@ def _fake(input: Tensor, skip: Tensor, output: Tensor, mode: str) -> None:
 
 UPSAMPLE_CONCAT = Operator(
     "upsample_concat",
-    "(Tensor input, Tensor skip, Tensor(a!) output, str mode='bilinear', str backend='') -> ()",
+    "(Tensor input, Tensor skip, Tensor(a!) output, str upsample='bilinear', str backend='') -> ()",
     fake=_fake,
 )
 UPSAMPLE_CONCAT.add(
