@@ -53,6 +53,19 @@ def test_the_reference_unpacks() -> None:
     assert_close("z", z, F.conv2d(x, weight, bias, padding=1).double(), 1e-5)
 
 
+@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_passes_the_relu(dtype: torch.dtype, summed: bool) -> None:
+    weight, bias = operands(dtype, channels=8)
+    x = torch.randn(1, 8, 6, 6).to(dtype).contiguous(memory_format=NHWC)
+    x[0, 3, 2, 2] = torch.nan
+    residual = torch.randn(1, 64, 6, 6).to(dtype) if summed else None
+    arguments = (x, weight, bias, residual, True, *geometry())
+    expected = reference.forward(*arguments)
+    assert expected.isnan().sum() == 9 * 64
+    assert torch.equal(CONV_BIAS_ACT(*arguments).isnan(), expected.isnan())
+
+
 def test_what_onednn_does_not_take_is_not_packed() -> None:
     for weight in (
         operands(torch.float64)[0],

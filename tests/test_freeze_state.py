@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,21 @@ def test_graphs_tell_layouts_apart_and_results_are_the_callers_own(frozen: Froze
     assert torch.equal(first, kept)
     cache(frozen.run, X.contiguous(memory_format=torch.channels_last))
     assert len(capture.captured) == 2
+
+
+def test_graphs_are_used_but_not_by_a_twin_with_stages_of_its_own(
+    frozen: FrozenResUNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture, expected = Recorder(), frozen(X)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(frozen.__dict__, "_graphs", GraphCache(capture))
+    assert torch.equal(frozen(X), expected)
+    assert len(capture.captured) == 1
+    twin = object.__new__(FrozenResUNet)
+    half = replace(frozen.stages, down=lambda block, x: frozen.stages.down(block, x / 2))
+    twin.__dict__.update(frozen.__dict__, stages=half)
+    assert not torch.equal(twin(X), expected)
+    assert len(capture.captured) == 1
 
 
 def test_no_graphs_on_a_cpu(frozen: FrozenResUNet) -> None:

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.fused import UPSAMPLE
+from ..modules.fused import UPSAMPLE as MODES
 from ..ops.layout import dense, layout_of
+from ..ops.upsample.op import UPSAMPLE
 from ..ops.upsample_concat.op import UPSAMPLE_CONCAT
 from ..registry import forced_backend
 from .layers import FrozenConv, FrozenNorm
-from .sealed import Sealed
+from .scratch import scratch
+from .sealed import Sealed, symbolic
 
 
 class FrozenBlock(Sealed):
@@ -65,9 +67,14 @@ def down(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def up(block: nn.Module, low: Tensor, skip: Tensor, mode: str) -> Tensor:
     """Run a decoder block on the upsampled features and the skip."""
-    if mode == "none":
-        x = dense(torch.cat([low, skip], 1), layout_of(skip))
-    else:
-        x = UPSAMPLE_CONCAT(low, skip, UPSAMPLE[mode], forced_backend())
-    result: Tensor = block(x)
+    result: Tensor
+    if mode == "none" or symbolic(skip):
+        if mode != "none":
+            low = UPSAMPLE(low, skip.shape[2:], MODES[mode], forced_backend())
+        result = block(dense(torch.cat([low, skip], 1), layout_of(skip)))
+        return result
+    n, channels, h, w = skip.shape
+    with scratch(skip, (n, low.shape[1] + channels, h, w)) as x:
+        UPSAMPLE_CONCAT(low, skip, x, MODES[mode], forced_backend())
+        result = block(x)
     return result

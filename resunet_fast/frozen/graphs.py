@@ -74,7 +74,8 @@ def cuda_capture(run: Run, example: Tensor) -> Run:
             run(static)
     torch.cuda.current_stream(example.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: what other threads do on the device does not break this capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = run(static)
 
     def replay(x: Tensor) -> Tensor:

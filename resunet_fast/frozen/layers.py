@@ -86,13 +86,11 @@ class FrozenConv(Layer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map [N, C, H, W] to [N, K, H', W']; the residual has the result's shape."""
-        weight, backend = self._packed.tensor, forced_backend()
-        if weight is None or symbolic(x):
+        weight = self._packed.tensor
+        if weight is None or symbolic(x) or HOLDS_NAN.get():
             weight = self._weight
-        elif HOLDS_NAN.get():
-            weight, backend = self._weight, "reference"
         z: Tensor = CONV_BIAS_ACT(
-            x, weight, self._bias, residual, self.relu, *self.geometry, backend
+            x, weight, self._bias, residual, self.relu, *self.geometry, forced_backend()
         )
         return z
 

@@ -77,7 +77,7 @@ class FrozenResUNet(Sealed, Wiring):
         """
         self._check_input(x)
         with torch.no_grad():
-            if self._graphs is None or symbolic(x) or torch.cuda.is_current_stream_capturing():
+            if self._graphs is None or not self._captures(x):
                 return self.run(x)
             return self._graphs(self.run, x)
 
@@ -121,6 +121,12 @@ class FrozenResUNet(Sealed, Wiring):
     def extra_repr(self) -> str:
         """Return the network's choices and the frozen dtype."""
         return f"{super().extra_repr()}, dtype={self.dtype}, device={self.device}"
+
+    def _captures(self, x: Tensor) -> bool:
+        if symbolic(x) or torch.cuda.is_current_stream_capturing():
+            return False
+        # A twin with stages of its own computes something else than the graphs it shares.
+        return "stages" not in self.__dict__
 
     def _compute(self, x: Tensor) -> Tensor:
         contiguous = x.is_contiguous()

@@ -15,7 +15,7 @@ Self = TypeVar("Self", bound="Sealed")
 _TORCHS_OWN = frozenset({"_compiled_call_impl", "_is_torch_compile"})
 
 
-# Whether what flows through the network may hold a NaN: the fused kernels' ReLU makes it zero.
+# Whether what flows through the network may hold a NaN, which packed convolutions make zero.
 HOLDS_NAN: ContextVar[bool] = ContextVar("HOLDS_NAN", default=False)
 
 

@@ -166,10 +166,6 @@ def _upsample(make: _Maker, shape: Shape, options: dict[str, Any]) -> list[Any]:
     return [make.image(shape, options.get("sliced", False)), options["size"], options["mode"]]
 
 
-def _upsample_concat(make: _Maker, shape: Shape, options: dict[str, Any]) -> list[Any]:
-    return [make.image(shape), make.image(options["skip"]), options["mode"]]
-
-
 MAKERS: dict[str, Callable[[_Maker, Shape, dict[str, Any]], list[Any]]] = {
     "bn_act": _bn_act,
     "bn_act_conv": _bn_act_conv,
@@ -178,7 +174,6 @@ MAKERS: dict[str, Callable[[_Maker, Shape, dict[str, Any]], list[Any]]] = {
     "conv_bn_act": _conv_bn_act,
     "conv_transpose2d": _conv_transpose2d,
     "upsample": _upsample,
-    "upsample_concat": _upsample_concat,
 }
 
 
@@ -260,14 +255,6 @@ def _cases() -> list[Case]:
         ("upsample", "aligned-to-one", odd, {"size": [1, 1], "mode": "bilinear_align_corners"}),
         ("upsample", "from-one", (2, 3, 1, 1), {"size": [4, 3], "mode": "bilinear_align_corners"}),
         ("upsample", "sliced", odd, {"size": [9, 9], "mode": "bilinear", "sliced": True}),
-        ("upsample_concat", "nearest", odd, {"skip": (2, 3, 15, 18), "mode": "nearest"}),
-        ("upsample_concat", "bilinear", odd, {"skip": (2, 3, 14, 19), "mode": "bilinear"}),
-        (
-            "upsample_concat",
-            "from-one",
-            (2, 3, 1, 1),
-            {"skip": (2, 4, 3, 2), "mode": "bilinear_align_corners"},
-        ),
     ]
     return [Case(*line) for line in table]
 

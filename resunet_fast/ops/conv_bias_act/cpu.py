@@ -1,6 +1,8 @@
-"""conv_bias_act by oneDNN's post-operations: the sum and the ReLU happen in the convolution.
+"""conv_bias_act by oneDNN's post-operations: bias and sum happen in the convolution.
 
-The weight may be one that :func:`pack` has laid out for oneDNN, once: then `weight.is_mkldnn`.
+The weight may be one that :func:`pack` has laid out for oneDNN, once: then `weight.is_mkldnn`, and
+the ReLU happens in the convolution, too. oneDNN's ReLU makes NaN zero: who packs a weight sees to
+it that none arises. With a dense weight the ReLU is a pass of its own, and NaN stays.
 """
 
 from __future__ import annotations
@@ -75,14 +77,16 @@ def forward(
     w = as_dtype(weight, input.dtype)
     shift = None if bias is None else bias.to(input.dtype)
     geometry = (padding, stride, dilation, groups)
-    activation = "relu" if relu else "none"
+    inside = relu and weight.is_mkldnn
+    z: Tensor
     if residual is None:
-        alone: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        activation = "relu" if inside else "none"
+        z = torch.ops.mkldnn._convolution_pointwise(
             input, w, shift, *geometry, activation, [], None
         )
-        return alone
-    other = dense(residual, layout_of(input))
-    summed: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-        input, other, w, shift, *geometry, "add", 1.0, activation if relu else None, [], None
-    )
-    return summed
+    else:
+        other = dense(residual, layout_of(input))
+        z = torch.ops.mkldnn._convolution_pointwise.binary(
+            input, other, w, shift, *geometry, "add", 1.0, "relu" if inside else None, [], None
+        )
+    return z.relu_() if relu and not inside else z

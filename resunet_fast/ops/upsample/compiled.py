@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ... import native
@@ -17,18 +16,9 @@ def forward(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
     return concatenate(input, None, size, mode)
 
 
-def concatenate(
-    input: Tensor,
-    skip: Tensor | None,
-    size: Sequence[int],
-    mode: str,
-    layout: torch.memory_format | None = None,
-) -> Tensor:
-    """Resize `input` and put `skip` behind it along the channels, in one sweep.
-
-    The result lies in `layout`, or in the input's own.
-    """
-    layout = layout or layout_of(input)
+def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: str) -> Tensor:
+    """Resize `input` and put `skip` behind it along the channels, in one sweep."""
+    layout = layout_of(input)
     channels = input.shape[1] + (0 if skip is None else skip.shape[1])
     output = empty(input, (input.shape[0], channels, *size), layout)
     source = dense(input, layout)

@@ -22,13 +22,7 @@ def forward(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
     return concatenate(input, None, size, mode)
 
 
-def concatenate(
-    input: Tensor,
-    skip: Tensor | None,
-    size: Sequence[int],
-    mode: str,
-    layout: torch.memory_format | None = None,
-) -> Tensor:
+def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: str) -> Tensor:
     """Resize `input` and put `skip` behind it along the channels, in one pass.
 
     Args:
@@ -36,18 +30,25 @@ def concatenate(
         skip: [N, S, H', W'], same dtype, or None.
         size: (H', W').
         mode: one of MODES.
-        layout: of the result; None takes the input's.
 
     Returns:
-        [N, C + S, H', W'].
+        [N, C + S, H', W'] in the layout of `input`.
     """
-    layout = layout or layout_of(input)
+    channels = input.shape[1] + (0 if skip is None else skip.shape[1])
+    output = empty(input, (input.shape[0], channels, *size), layout_of(input))
+    write(input, skip, mode, output)
+    return output
+
+
+def write(input: Tensor, skip: Tensor | None, mode: str, output: Tensor) -> None:
+    """Fill `output`, which is dense, with what :func:`concatenate` returns."""
+    layout = layout_of(output)
     x, behind = dense(input, layout), None if skip is None else dense(skip, layout)
     n, c, h, w = x.shape
+    size = output.shape[2:]
     s = 0 if behind is None else behind.shape[1]
-    output = empty(x, (n, c + s, *size), layout)
     if output.numel() == 0:
-        return output
+        return
     last = layout == torch.channels_last
     pixels = size[0] * size[1]
     held = blocks_for(backward=False)
@@ -73,7 +74,6 @@ def concatenate(
             ACC=accumulates_in(x),
             num_warps=held.num_warps,
         )
-    return output
 
 
 def backward(grad_output: Tensor, input_size: Sequence[int], mode: str) -> Tensor:

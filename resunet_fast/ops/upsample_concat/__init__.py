@@ -1,1 +1,1 @@
-"""Upsampling into the buffer where the skip connection follows along the channels."""
+"""Upsampled features and the skip connection, written into a given buffer, for inference."""

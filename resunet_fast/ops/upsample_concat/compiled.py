@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..layout import layout_of
-from ..upsample import compiled as upsample
+from ... import native
+from ..layout import dense, layout_of
+from ..upsample.reference import MODES
 
 
-def forward(input: Tensor, skip: Tensor, mode: str) -> Tensor:
-    """Compute as the reference does."""
-    # The skip decides: a lower level of one pixel does not show its layout.
-    return upsample.concatenate(input, skip, skip.shape[2:], mode, layout_of(skip))
+def forward(input: Tensor, skip: Tensor, output: Tensor, mode: str) -> None:
+    """Compute as the reference does; `output` is dense."""
+    layout = layout_of(output)
+    source, behind = dense(input, layout), dense(skip, layout)
+    native.ops().upsample_forward(source, behind, MODES.index(mode), output)

@@ -1,15 +1,14 @@
-"""upsample_concat in plain torch: cat([upsample(x), skip], channels), as the decoder reads it."""
+"""upsample_concat in plain torch: output = cat([upsample(x), skip], channels)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..layout import dense, layout_of
 from ..upsample import reference as upsample
 
 
-def forward(input: Tensor, skip: Tensor, mode: str) -> Tensor:
-    """Resize `input` to the skip's size and put `skip` behind it, in the skip's layout."""
+def forward(input: Tensor, skip: Tensor, output: Tensor, mode: str) -> None:
+    """Resize `input` to the skip's size, put `skip` behind it, and write both to `output`."""
     low = upsample.forward(input, skip.shape[2:], mode)
-    return dense(torch.cat([low, skip], 1), layout_of(skip))
+    output.copy_(torch.cat([low, skip], 1))
