@@ -73,9 +73,9 @@ def test_records_of_other_sources_are_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part(tmp_path, "fake_part_quick").add({"job": "first", "status": "OK"})
-    assert part(tmp_path, "fake_part_quick").left() == [1]
+    assert part(tmp_path, "fake_part_quick").left() == ["second"]
     monkeypatch.setattr(runner, "sources", lambda: "another")
-    assert part(tmp_path, "fake_part_quick").left() == [0, 1]
+    assert part(tmp_path, "fake_part_quick").left() == ["first", "second"]
 
 
 def test_the_deadline_ends_a_job_that_is_running(tmp_path: Path) -> None:
