@@ -184,6 +184,7 @@ def test_report_renders_tables_and_plots_with_their_provenance(
     assert "1.23x [1.21, 1.25]" in readme
     assert "OpenVINO (fp32): computes in bf16; left to itself it would in bf16." in readme
     assert "Missing: ONNX Runtime (bf16): onnxruntime not installed." in readme
+    assert "NVIDIA" not in readme
     assert "Some CPU (avx2; no AMX), 2 threads, Python 3.12.3, torch 2.13.0, 2026-11-25" in readme
     assert "commit 0123456789ab" in readme
     docs = (tmp_path / "performance.md").read_text()
@@ -196,6 +197,19 @@ def test_report_renders_tables_and_plots_with_their_provenance(
     drawn = (tmp_path / "training_fp32_cpu.svg").read_bytes()
     assert main(arguments(tmp_path)) == 0
     assert (tmp_path / "training_fp32_cpu.svg").read_bytes() == drawn
+
+
+def test_readme_shows_the_networks_of_a_gpu_once_there_are_some(
+    tmp_path: Path, results: dict[str, Any]
+) -> None:
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
+    (tmp_path / "gpu").mkdir()
+    lines = map(json.dumps, gpu_records()["nets"])
+    (tmp_path / "gpu" / "nets.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(arguments(tmp_path)) == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert "| training: fast channels_last | 40.0 ms" in readme
+    assert "NVIDIA H200" in readme
 
 
 def test_report_without_results_leaves_the_measured_blocks_alone(
