@@ -11,6 +11,7 @@ import pytest
 
 from bench import compare, gpu_report, plots, predictions, run
 from bench.command import main
+from resunet_fast import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +102,7 @@ def gpu_records() -> dict[str, list[dict[str, Any]]]:
     head = {**HEAD, "machine": machine, "job": "machine", "status": "OK", "architecture": "sm_90"}
     fields = {"images": 16, "height": 512, "width": 512, "channels": 64, "filters": 128}
     tiles = {"family": "tma", "filters": 64, "rows": 16, "columns": 16, "channels": 64}
+    tiles.update(warps=4, stages=2)
 
     def measured(name: str, ms: float, **more: Any) -> dict[str, Any]:
         share = {"roofline_percent": 60.0, "binds": "memory"}
@@ -267,6 +269,8 @@ def test_tune_writes_the_fastest_of_each(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
     assert main(["tune", "--results", str(path), "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "sm_90.json").read_text())
+    parsed = tuning.table.parse(content)  # what the package reads
+    assert {each.fastest for each in parsed.measurements.values()} == {"cudnn", "triton"}
     assert content["gpu"] == "NVIDIA H200"
     assert (content["commit"], content["date"]) == ("0123456789ab", "2026-11-25")
     lines = {line["operator"]: line for line in content["measurements"]}
