@@ -320,6 +320,8 @@ def test_compare_reads_the_records_of_a_gpu(tmp_path: Path) -> None:
     _, slower = compare.compare(compare.load(path), compare.load(path))
     assert slower == []
     assert "fast channels_last / fast channels_last" in dict(compare.timings(compare.load(path)))
+    path.write_text("\n".join(map(json.dumps, gpu_records()["shapes"])) + "\n")
+    assert dict(compare.timings(compare.load(path)))["conv fprop / cudnn"]["median"] == 0.8
 
 
 def test_the_terminal_shows_what_was_not_measured(results: dict[str, Any]) -> None:
