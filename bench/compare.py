@@ -16,10 +16,12 @@ SLOWER = 1.03
 
 def timings(results: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every row with a time, by its place in the file; the ratios within a file are left out."""
+    if isinstance(results, list):  # the ways to compute one shape, in a GPU's records
+        results = {row["implementation"]: row for row in results if "implementation" in row}
     if not isinstance(results, dict):
         return
     if isinstance(results.get("ms"), dict):
-        yield " / ".join(part for part in path if part != "variants"), results["ms"]
+        yield " / ".join(part for part in path if part not in ("variants", "rows")), results["ms"]
         return
     for name, value in results.items():
         if name != "ratios":

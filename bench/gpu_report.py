@@ -51,6 +51,14 @@ def text(folder: Path, docs: Path) -> str:
     return "\n\n".join(blocks)
 
 
+def networks(folder: Path) -> list[str]:
+    """README's table of a GPU and where it comes from; empty where none was measured."""
+    records = load(folder / "nets.jsonl")
+    if not records:
+        return []
+    return [nets(records), f"{sentence(records[0])}; `{(folder / 'nets.jsonl').as_posix()}`."]
+
+
 def _markdown(rows: list[list[str]]) -> str:
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])

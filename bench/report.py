@@ -100,10 +100,10 @@ def ceilings_line(results: Results) -> str:
     return "Ceilings measured in the same run: " + "; ".join(parts) + "."
 
 
-def speed(results: Results, path: Path) -> str:
+def speed(results: Results, path: Path, gpu: Path) -> str:
     """README's block: training and inference, with what was measured where."""
     tables = [network_tables(results, phase) for phase in (TRAINING, INFERENCE) if phase in results]
-    return "\n\n".join([*tables, provenance(results, path)])
+    return "\n\n".join([*tables, provenance(results, path), *gpu_report.networks(gpu)])
 
 
 def details(results: Results, path: Path, docs: Path) -> str:
@@ -151,7 +151,7 @@ def main(options: argparse.Namespace) -> int:
     if options.results.exists():
         results = json.loads(options.results.read_text(encoding="utf-8"))
         blocks += [
-            (options.readme, "speed", lambda: speed(results, options.results)),
+            (options.readme, "speed", lambda: speed(results, options.results, options.gpu)),
             (options.docs, "cpu", lambda: details(results, options.results, options.docs.parent)),
         ]
     else:

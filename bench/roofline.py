@@ -196,6 +196,16 @@ def _bn_act_conv_backward(call: Call) -> Work:
     return Work(flops, moved + vectors + call.gradients)
 
 
+def _conv_transpose2d(call: Call) -> Work:
+    flops = convolution_flops(call.input.shape, call.conv_weight.shape)
+    return Work(flops, call.operands + size(call.results[0]))
+
+
+def _conv_transpose2d_backward(call: Call) -> Work:
+    flops = convolution_flops(call.input.shape, call.conv_weight.shape)
+    return Work(flops * _products(call), size(call.results[0], *_sources(call)) + call.gradients)
+
+
 def _upsample(call: Call) -> Work:
     return Work(0, size(call.input, *call.results))
 
@@ -206,6 +216,7 @@ FORWARD: dict[str, Callable[[Call], Work]] = {
     "conv2d": _conv2d,
     "conv_bias_act": _conv2d,
     "conv_bn_act": _conv_bn_act,
+    "conv_transpose2d": _conv_transpose2d,
     "upsample": _upsample,
 }
 BACKWARD: dict[str, Callable[[Call], Work]] = {
@@ -213,6 +224,7 @@ BACKWARD: dict[str, Callable[[Call], Work]] = {
     "bn_act_conv": _bn_act_conv_backward,
     "conv2d": _conv2d_backward,
     "conv_bn_act": _conv_bn_act_backward,
+    "conv_transpose2d": _conv_transpose2d_backward,
     "upsample": _upsample,
 }
 

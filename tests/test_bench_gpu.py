@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from bench.command import main
-from bench.gpu import runner, sanitize
+from bench.gpu import convolutions, runner, sanitize, tiles
 from bench.gpu.child import attempt
 from bench.gpu.job import Job
+from resunet_fast import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,9 +74,9 @@ def test_records_of_other_sources_are_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part(tmp_path, "fake_part_quick").add({"job": "first", "status": "OK"})
-    assert part(tmp_path, "fake_part_quick").left() == [1]
+    assert part(tmp_path, "fake_part_quick").left() == ["second"]
     monkeypatch.setattr(runner, "sources", lambda: "another")
-    assert part(tmp_path, "fake_part_quick").left() == [0, 1]
+    assert part(tmp_path, "fake_part_quick").left() == ["first", "second"]
 
 
 def test_the_deadline_ends_a_job_that_is_running(tmp_path: Path) -> None:
@@ -121,6 +122,29 @@ def test_what_the_sanitizer_says(
 def test_a_clean_sanitizer_passes() -> None:
     said = "3 cases ran on cuda\n========= ERROR SUMMARY: 0 errors\n"
     assert sanitize.verdict(0, said) == {"note": "ERROR SUMMARY: 0 errors"}
+
+
+def test_tiles_are_tried_in_place_of_the_committed_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    o = convolutions.operands((2, 16, 16, 8, 64, 3), torch.bfloat16, "cpu")
+    committed = tuning.load("sm_90")
+    for operation, filters, channels in (("fprop", 64, 8), ("dgrad", 8, 64)):
+        operator, _ = convolutions.through_registry(o, operation)
+        shape = (2, 16, 16, channels, filters, (3, 3), (1, 1), "bfloat16", 2)
+        problem = tuning.ConvProblem(operator, *shape)
+        for config in tiles.alternatives(64, 8, operation):
+            found = []
+            read = tiles.trying(
+                lambda found=found, problem=problem: found.append(tuning.lookup(problem, (9, 0))),
+                operator,
+                o,
+                config,
+            )
+            read()
+            assert found[0].config == config
+    assert tuning.load("sm_90") is committed
+    assert tiles.alternatives(64, 8, "wgrad") == ()
+    assert all(config.family == "pointer" for config in tiles.alternatives(64, 3, "fprop"))
 
 
 def dry(name: str, out: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 
 from bench import compare, gpu_report, plots, predictions, run
 from bench.command import main
+from resunet_fast import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +102,7 @@ def gpu_records() -> dict[str, list[dict[str, Any]]]:
     head = {**HEAD, "machine": machine, "job": "machine", "status": "OK", "architecture": "sm_90"}
     fields = {"images": 16, "height": 512, "width": 512, "channels": 64, "filters": 128}
     tiles = {"family": "tma", "filters": 64, "rows": 16, "columns": 16, "channels": 64}
+    tiles.update(warps=4, stages=2)
 
     def measured(name: str, ms: float, **more: Any) -> dict[str, Any]:
         share = {"roofline_percent": 60.0, "binds": "memory"}
@@ -184,6 +186,7 @@ def test_report_renders_tables_and_plots_with_their_provenance(
     assert "1.23x [1.21, 1.25]" in readme
     assert "OpenVINO (fp32): computes in bf16; left to itself it would in bf16." in readme
     assert "Missing: ONNX Runtime (bf16): onnxruntime not installed." in readme
+    assert "NVIDIA" not in readme
     assert "Some CPU (avx2; no AMX), 2 threads, Python 3.12.3, torch 2.13.0, 2026-11-25" in readme
     assert "commit 0123456789ab" in readme
     docs = (tmp_path / "performance.md").read_text()
@@ -196,6 +199,19 @@ def test_report_renders_tables_and_plots_with_their_provenance(
     drawn = (tmp_path / "training_fp32_cpu.svg").read_bytes()
     assert main(arguments(tmp_path)) == 0
     assert (tmp_path / "training_fp32_cpu.svg").read_bytes() == drawn
+
+
+def test_readme_shows_the_networks_of_a_gpu_once_there_are_some(
+    tmp_path: Path, results: dict[str, Any]
+) -> None:
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
+    (tmp_path / "gpu").mkdir()
+    lines = map(json.dumps, gpu_records()["nets"])
+    (tmp_path / "gpu" / "nets.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(arguments(tmp_path)) == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert "| training: fast channels_last | 40.0 ms" in readme
+    assert "NVIDIA H200" in readme
 
 
 def test_report_without_results_leaves_the_measured_blocks_alone(
@@ -253,6 +269,8 @@ def test_tune_writes_the_fastest_of_each(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
     assert main(["tune", "--results", str(path), "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "sm_90.json").read_text())
+    parsed = tuning.table.parse(content)  # what the package reads
+    assert {each.fastest for each in parsed.measurements.values()} == {"cudnn", "triton"}
     assert content["gpu"] == "NVIDIA H200"
     assert (content["commit"], content["date"]) == ("0123456789ab", "2026-11-25")
     lines = {line["operator"]: line for line in content["measurements"]}
@@ -302,6 +320,8 @@ def test_compare_reads_the_records_of_a_gpu(tmp_path: Path) -> None:
     _, slower = compare.compare(compare.load(path), compare.load(path))
     assert slower == []
     assert "fast channels_last / fast channels_last" in dict(compare.timings(compare.load(path)))
+    path.write_text("\n".join(map(json.dumps, gpu_records()["shapes"])) + "\n")
+    assert dict(compare.timings(compare.load(path)))["conv fprop / cudnn"]["median"] == 0.8
 
 
 def test_the_terminal_shows_what_was_not_measured(results: dict[str, Any]) -> None:

@@ -120,7 +120,8 @@ def offsets(call: Call) -> None:
 def determinism(call: Call) -> None:
     """The same bits every time."""
     first = call()
-    for _ in range(REPEATS - 1):
+    # Interpreted kernels are slow, and in order anyway.
+    for _ in range(REPEATS if call.inputs[0].is_cuda else 2):
         same("repeated", call(), first)
 
 

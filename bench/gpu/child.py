@@ -1,6 +1,6 @@
-"""Runs some jobs of one part and says so line by line: `python -m bench.gpu.child MODULE DRY I...`.
+"""Runs some jobs of one part, by name: `python -m bench.gpu.child MODULE dry|real NAME...`.
 
-Each line that begins with @ is a record for the parent: {"begin": index}, then the job's own.
+Each line that begins with @ is a record for the parent: {"begin": name}, then the job's own.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def attempt(job: Job, dry: bool) -> Record:
     return record
 
 
-def main(module: str, dry: bool, indices: list[int]) -> None:
-    jobs: list[Job] = import_module(module).jobs(dry)
-    for index in indices:
-        emit({"begin": index})
-        record = attempt(jobs[index], dry)
+def main(module: str, dry: bool, names: list[str]) -> None:
+    jobs: dict[str, Job] = {job.name: job for job in import_module(module).jobs(dry)}
+    for name in names:
+        emit({"begin": name})
+        record = attempt(jobs[name], dry)
         emit(record)
         if record["status"] in (WRONG, FAILED) and torch.cuda.is_initialized():
             try:
@@ -56,4 +56,4 @@ def main(module: str, dry: bool, indices: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "dry", [int(i) for i in sys.argv[3:]])
+    main(sys.argv[1], sys.argv[2] == "dry", sys.argv[3:])

@@ -62,7 +62,7 @@ class Part:
         self, name: str, module: str, out: Path, resume: Path, dry: bool, commit: str = ""
     ) -> None:
         self.name, self.module, self.dry = name, module, dry
-        self.jobs: list[Job] = import_module(module).jobs(dry)
+        self.jobs: dict[str, Job] = {job.name: job for job in import_module(module).jobs(dry)}
         head: Record = {"part": name, "job": "machine", "status": OK, **facts()}
         head.update(sources=sources(), dry=dry, architecture=_architecture())
         head.update({"commit": commit} if commit else {})
@@ -72,9 +72,8 @@ class Part:
         self.records: list[Record] = []
         self.file = self.path.open("w", encoding="utf-8")
         self.write(head)
-        names = {job.name for job in self.jobs}
         for record in earlier:
-            if record["job"] in names and record["status"] != NO_TIME:
+            if record["job"] in self.jobs and record["status"] != NO_TIME:
                 self.write(record)
 
     def write(self, record: Record) -> None:
@@ -88,9 +87,9 @@ class Part:
         note = str(record.get("note", "")).strip().replace("\n", " ")[:160]
         print(f"{record['status']:<12}{record['job']}  {note}".rstrip(), flush=True)
 
-    def left(self) -> list[int]:
+    def left(self) -> list[str]:
         done = {record["job"] for record in self.records}
-        return [i for i, job in enumerate(self.jobs) if job.name not in done]
+        return [name for name in self.jobs if name not in done]
 
     def finish(self) -> int:
         """Print and keep the table; the exit status: 0 good, 1 bad, 3 incomplete."""
@@ -141,17 +140,16 @@ def watch(part: Part, until: float) -> None:
         if time.monotonic() >= until:
             break
         first = part.jobs[left[0]]
-        batch = [left[0]] if first.fresh else [i for i in left if not part.jobs[i].fresh]
+        batch = [left[0]] if first.fresh else [n for n in left if not part.jobs[n].fresh]
         _watch_one(part, batch, until)
-    for index in part.left():
-        part.add({"job": part.jobs[index].name, "status": NO_TIME})
+    for name in part.left():
+        part.add({"job": name, "status": NO_TIME})
 
 
-def _watch_one(part: Part, indices: list[int], until: float) -> None:
+def _watch_one(part: Part, names: list[str], until: float) -> None:
     """Run some jobs in one process; a job that ends it gets a record, the others stay left."""
     command = [sys.executable, "-u", "-m", "bench.gpu.child", part.module]
-    command += ["dry" if part.dry else "real", *map(str, indices)]
-    environment = {**os.environ, **_environment(part.dry)}
+    command += ["dry" if part.dry else "real", *names]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             command,
@@ -159,7 +157,7 @@ def _watch_one(part: Part, indices: list[int], until: float) -> None:
             stderr=errors,
             text=True,
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, **environment(part.dry)},
             start_new_session=True,
         )
         current, why = _listen(part, child, until)
@@ -172,12 +170,14 @@ def _watch_one(part: Part, indices: list[int], until: float) -> None:
             return
         errors.seek(0)
         note = f"exit {child.returncode}: " + errors.read().strip()[-400:]
-    # A process that dies before its first job would do so again and again.
-    job = part.jobs[indices[0] if current is None else current]
-    part.add({"job": job.name, "status": why or CRASH, "note": note})
+    # A process that dies before its first job would do so again and again; one that dies after its
+    # last has done its work.
+    guilty = current or next((name for name in names if name in part.left()), None)
+    if guilty is not None:
+        part.add({"job": guilty, "status": why or CRASH, "note": note})
 
 
-def _environment(dry: bool) -> dict[str, str]:
+def environment(dry: bool) -> dict[str, str]:
     cache = Path(tempfile.gettempdir()) / "resunet_fast_bench"
     caches = {
         "TRITON_CACHE_DIR": str(cache / "triton"),
@@ -188,7 +188,7 @@ def _environment(dry: bool) -> dict[str, str]:
     return {**caches, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def _listen(part: Part, child: subprocess.Popen[str], until: float) -> tuple[int | None, str]:
+def _listen(part: Part, child: subprocess.Popen[str], until: float) -> tuple[str | None, str]:
     """Keep records as they come; the job that was begun and has none, and HANG or NO TIME."""
     assert child.stdout is not None
     lines = _lines(child.stdout)
@@ -231,10 +231,10 @@ def build(seconds: float) -> Record:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     # One architecture, in the words that setup.py reads.
     number = _architecture().removeprefix("sm_")
-    environment = {**os.environ, "RESUNET_FAST_CUDA_ARCHS": number}
+    for_one = {**os.environ, "RESUNET_FAST_CUDA_ARCHS": number}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+            command, cwd=ROOT, env=for_one, capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
         return {**record, "status": FAILED, "note": f"not built within {seconds:.0f} s"}
@@ -277,6 +277,8 @@ def main(options: Any) -> int:
     if not options.dry and not torch.cuda.is_available():
         print("no NVIDIA GPU that torch can use; DRY=1 shows what can be shown without one")
         return 2
+    # The jobs are listed here as the children will see them.
+    os.environ.update(environment(options.dry))
     status = 0
     for name, module in parts(options.part):
         part = Part(name, module, options.out, options.resume, options.dry, options.commit)
