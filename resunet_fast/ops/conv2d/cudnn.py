@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 
 from ..backends import computed_by
-from ..layout import dense, layout_of
-from ..upsample.op import UPSAMPLE, UPSAMPLE_BACKWARD
+from ..layout import dense, empty, layout_of
+from ..upsample.op import UPSAMPLE_BACKWARD
+from ..upsample_concat.op import UPSAMPLE_CONCAT
 from . import reference
 
 
 def _source(input: Tensor, skip: Tensor | None, mode: str) -> Tensor:
     if skip is None:
         return input
-    low = input if mode == "none" else computed_by("", UPSAMPLE)(input, skip.shape[2:], mode)
-    return dense(torch.cat([low, skip], 1), layout_of(input))
+    if mode == "none":
+        return dense(torch.cat([input, skip], 1), layout_of(input))
+    n, channels, *size = skip.shape
+    x = empty(input, (n, input.shape[1] + channels, *size), layout_of(input))
+    computed_by("", UPSAMPLE_CONCAT)(input, skip, x, mode)
+    return x
 
 
 def forward(
