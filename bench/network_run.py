@@ -24,10 +24,11 @@ from .timing import Clock, Timing, captured, fitting_rounds, interleaved, ratio
 # A variant is timed only if its logits and gradients are at most this many times further from the
 # judge than the worst eager variant in the same precision.
 ALLOWED = 2.0
-# Errors below these are not held against a variant. A ReLU mask that flips near zero moves the
-# gradient of a network with random weights by a hundredth, and whether eager's has one is luck;
-# tests/ holds each operator's gradient, with the mask imposed, to far tighter bounds.
-NEGLIGIBLE = {"logits": 1e-6, "gradient": 5e-2}
+# Errors below these are not held against a variant. Batch statistics of few positions magnify
+# float32's rounding by hundreds, more in one order of sums than in another; a ReLU mask that flips
+# near zero moves the gradient of a network with random weights by a hundredth, and whether eager's
+# has one is luck. tests/ holds each operator, with the mask imposed, to far tighter bounds.
+NEGLIGIBLE = {"logits": 1e-4, "gradient": 5e-2}
 ROUNDS = (3, 25)
 
 
