@@ -189,8 +189,10 @@ def _plain(values: Sequence[Any]) -> bool:
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
-            # The older vmap, behind torch.autograd.grad(is_grads_batched=True), has no class.
-            if value.is_meta or torch._C._functorch.is_legacy_batchedtensor(value):
+            # The older vmap, behind torch.autograd.grad(is_grads_batched=True), has no class. What
+            # a view negates lazily, such as an imaginary part, the dispatcher negates.
+            legacy = torch._C._functorch.is_legacy_batchedtensor(value)
+            if value.is_meta or value.is_neg() or legacy:
                 return False
         elif isinstance(value, Tensor):
             return False

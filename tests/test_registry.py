@@ -178,6 +178,16 @@ def test_every_operator_has_a_reference_that_comes_last() -> None:
         assert names == sorted(names, key=registry.PREFERENCE.index)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_lazily_negated_views(name: str) -> None:
+    x = image(2, 3, 4, 4)
+    lazy = torch._neg_view(x)
+    assert lazy.is_neg()
+    with rf.use_backend(name):
+        expected = fused_bn_act(-x, batch_norm(3))
+        assert torch.equal(fused_bn_act(lazy, batch_norm(3)), expected)
+
+
 WITHOUT_NATIVE = """
 import torch
 import resunet_fast as rf

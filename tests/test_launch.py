@@ -1,0 +1,76 @@
+"""Calls without the dispatcher: the same results and bookkeeping as through it; their benchmark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resunet_fast as rf
+from bench import launch
+from resunet_fast.functional import Norm
+from resunet_fast.registry import _plain
+
+
+def test_what_the_dispatcher_must_see() -> None:
+    x = torch.randn(2, 3)
+    assert _plain([x, None, nn.Parameter(x), 1.0, "", [1, 1]])
+    assert not _plain([None, torch.empty(2, device="meta")])
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert not _plain([x])
+        fake = mode.from_tensor(x)
+    assert not _plain([fake])
+    with torch.profiler.profile():
+        assert not _plain([x])
+    assert torch.func.vmap(lambda v: v if _plain([v]) else v + 1)(x).equal(x + 1)
+
+
+def results(by_dispatcher: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    x, bn = torch.randn(2, 4, 6, 6, requires_grad=True), nn.BatchNorm2d(4)
+    assert bn.running_mean is not None
+    version = bn.running_mean._version
+    if by_dispatcher:
+        with torch.profiler.profile():
+            z = rf.functional.bn_act(x, Norm.of(bn), residual=x)
+    else:
+        z = rf.functional.bn_act(x, Norm.of(bn), residual=x)
+    assert isinstance(z, Tensor)
+    assert bn.running_mean._version == version + 1
+    z.square().sum().backward()
+    assert x.grad is not None
+    return [z.detach(), x.grad, *(p.grad for p in bn.parameters() if p.grad is not None)]
+
+
+def test_results_are_the_same_through_the_dispatcher_and_without() -> None:
+    for a, b in zip(results(True), results(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inference_mode_leaves_versions_alone() -> None:
+    bn = nn.BatchNorm2d(4)
+    assert bn.running_mean is not None
+    with torch.inference_mode():
+        rf.functional.bn_act(torch.randn(2, 4, 6, 6), Norm.of(bn))
+    assert bn.running_mean.abs().sum() > 0
+
+
+def test_the_benchmark_writes_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "CALLS", 2)
+    before = torch.get_num_threads()
+    try:
+        assert launch.main(["--rounds", "2", "--json", str(tmp_path / "rows.json")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    names = {(row["operator"], row["backend"], row["mode"]) for row in rows}
+    assert len(names) == len(rows)
+    assert ("bn_act", "eager", "forward and backward") in names
+    assert all(row["median"] > 0 for row in rows)
+    assert "conv_bn_act" in capsys.readouterr().out
+    assert rf.registry.forced_backend() == ""
