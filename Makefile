@@ -6,7 +6,7 @@ VENV ?= .venv
 # The CPU build of torch; override with TORCH=torch (or an index of your choice) for a GPU.
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
-SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 # pytest workers: one per core, at most four (memory).
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() or 1))")
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
