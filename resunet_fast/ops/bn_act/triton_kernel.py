@@ -21,6 +21,9 @@ from .triton_tiling import Extent, Tiling, blocks_for, extent_of, power_of_two, 
 MERGE_TILES, MERGE_ELEMENTS = 1024, 4096
 
 
+Pair = tuple["Tensor | None", "Tensor | None"]
+
+
 def accumulates_in(x: Tensor) -> triton.language.dtype:
     """The accumulator's dtype in Triton's words."""
     return triton.language.float64 if x.dtype == torch.float64 else triton.language.float32
@@ -108,56 +111,67 @@ def forward(
     x = dense(input, layout)
     r = None if residual is None else dense(residual, layout)
     n, c, h, w = x.shape
+    own: Pair = (None, None)
+    residual_own: Pair = (None, None)
     with torch.cuda.device_of(x):
-        own: tuple[Tensor | None, Tensor | None] = (None, None)
-        residual_own: tuple[Tensor | None, Tensor | None] = (None, None)
         if mean is None:
             own = statistics(x, layout)
         if r is not None and residual_norm and residual_mean is None:
             residual_own = statistics(r, layout)
         output = empty(x, x.shape, layout)
         pooled = empty(x, (n, c, h // 2, w // 2), layout) if pool else None
-        if x.numel() == 0:
-            return output, pooled, *own, *residual_own
-        extent = extent_of(x, layout, pool)
-        tiles = tiling(extent, blocks_for(reduces=False, pool=pool))
-        kind = device.NO_RESIDUAL
-        if r is not None:
-            kind = device.NORMALISED_RESIDUAL if residual_norm else device.PLAIN_RESIDUAL
-        # One program: a few blocks of positions of one run, a block of channels.
-        fwd.bn_act_fwd_kernel[(tiles.programs,)](
-            x,
-            own[0] if mean is None else _vector(mean),
-            own[1] if var is None else _vector(var),
-            _vector(weight),
-            _vector(bias),
-            r,
-            residual_own[0] if residual_mean is None else _vector(residual_mean),
-            residual_own[1] if residual_var is None else _vector(residual_var),
-            _vector(residual_weight),
-            _vector(residual_bias),
-            output,
-            pooled,
-            c,
-            extent.pixels,
-            extent.positions,
-            h,
-            w,
-            tiles.spans,
-            tiles.steps,
-            eps,
-            residual_eps,
-            **_blocks(x, extent, tiles),
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            RESIDUAL=kind.value,
-            HAS_RWEIGHT=residual_weight is not None,
-            HAS_RBIAS=residual_bias is not None,
-            RELU=relu,
-            POOL=pool,
-            num_warps=tiles.num_warps,
-        )
+        main = (*(own if mean is None else (mean, var)), weight, bias)
+        stats = residual_own if residual_mean is None else (residual_mean, residual_var)
+        shortcut = (*stats, residual_weight, residual_bias)
+        if x.numel() > 0:
+            _sweep(x, main, eps, r, shortcut, residual_eps, output, pooled, relu)
     return output, pooled, *own, *residual_own
+
+
+def _sweep(
+    x: Tensor,
+    main: Sequence[Tensor | None],
+    eps: float,
+    r: Tensor | None,
+    shortcut: Sequence[Tensor | None],
+    residual_eps: float,
+    output: Tensor,
+    pooled: Tensor | None,
+    relu: bool,
+) -> None:
+    """Write the result; `main` and `shortcut` are mean, variance, weight and bias."""
+    pool = pooled is not None
+    extent = extent_of(x, layout_of(x), pool)
+    tiles = tiling(extent, blocks_for(reduces=False, pool=pool))
+    kind = device.NO_RESIDUAL
+    if r is not None:
+        kind = device.PLAIN_RESIDUAL if shortcut[0] is None else device.NORMALISED_RESIDUAL
+    # One program: a few blocks of positions of one run, a block of channels.
+    fwd.bn_act_fwd_kernel[(tiles.programs,)](
+        x,
+        *(_vector(v) for v in main),
+        r,
+        *(_vector(v) for v in shortcut),
+        output,
+        pooled,
+        extent.channels,
+        extent.pixels,
+        extent.positions,
+        *x.shape[2:],
+        tiles.spans,
+        tiles.steps,
+        eps,
+        residual_eps,
+        **_blocks(x, extent, tiles),
+        HAS_WEIGHT=main[2] is not None,
+        HAS_BIAS=main[3] is not None,
+        RESIDUAL=kind.value,
+        HAS_RWEIGHT=shortcut[2] is not None,
+        HAS_RBIAS=shortcut[3] is not None,
+        RELU=relu,
+        POOL=pool,
+        num_warps=tiles.num_warps,
+    )
 
 
 def backward(
