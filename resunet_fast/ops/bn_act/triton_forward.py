@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
+# ruff: noqa: N806
 """Device code of bn_act's forward: statistics of tiles, their merge, and one sweep."""
 
 import triton

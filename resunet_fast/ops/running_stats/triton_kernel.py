@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 """Running statistics by Triton: one launch of one program, which also counts the batch."""
 
 from typing import Any
