@@ -80,15 +80,17 @@ struct Backward {
   const BackwardOperands& of;
 
   Sums sums() const {
-    const LaneVector mean =
-        of.shortcut.present() ? LaneVector(read_vector(*of.shortcut.mean), image, type) : LaneVector();
+    LaneVector mean;
+    if (of.shortcut.present()) mean = LaneVector(read_vector(*of.shortcut.mean), image, type);
     return sum_gradients(image, dtype_of(type), masked, pointer(of.residual), mean.data());
   }
 
   void write_vectors(const Sums& sums) const {
     write_vector(sums.grad, of.wanted.bias);
     write_vector(sums.grad, of.wanted.residual_bias);
-    if (of.wanted.weight.has_value()) write_vector(weight_grad(sums.with_input, of.main), *of.wanted.weight);
+    if (of.wanted.weight.has_value()) {
+      write_vector(weight_grad(sums.with_input, of.main), *of.wanted.weight);
+    }
     if (of.wanted.residual_weight.has_value()) {
       write_vector(weight_grad(sums.with_residual, of.shortcut), *of.wanted.residual_weight);
     }
@@ -100,11 +102,12 @@ struct Backward {
       inner = GradLanes(of.main, image, type, of.batch_stats, sums.grad, sums.with_input);
     }
     if (of.wanted.residual.has_value() && of.shortcut.present()) {
-      outer = GradLanes(of.shortcut, image, type, of.residual_batch_stats, sums.grad, sums.with_residual);
+      outer = GradLanes(
+          of.shortcut, image, type, of.residual_batch_stats, sums.grad, sums.with_residual);
     }
     kernels().grad[dtype_of(type)](
-        {image, masked, pointer(of.residual), inner.view(), outer.view(), mutable_pointer(of.wanted.input),
-         mutable_pointer(of.wanted.residual)});
+        {image, masked, pointer(of.residual), inner.view(), outer.view(),
+         mutable_pointer(of.wanted.input), mutable_pointer(of.wanted.residual)});
   }
 };
 

@@ -47,8 +47,8 @@ struct ForwardArgs {
   Norm shortcut;
 };
 
-// coefficients: what grad_sums leaves for grad, [4][channels] in the accumulation type, mean gradient
-// and slope (see batch_norm_grad) of the input and of the residual.
+// coefficients: what grad_sums leaves for grad, [4][channels] in the accumulation type: the mean
+// gradient and the slope (see batch_norm_grad) of the input and of the residual.
 //
 // partials: [3][slots][channels], sums of g, g * (input - mean) and g * (residual - residual mean).
 // Each gradient is null unless it is wanted.

@@ -36,7 +36,8 @@ int64_t visit_elements(
   return count;
 }
 
-int64_t block_count(int64_t n, int64_t c, int64_t h, int64_t w, bool last, int width, int64_t most) {
+int64_t block_count(
+    int64_t n, int64_t c, int64_t h, int64_t w, bool last, int width, int64_t most) {
   return blocks_of(sweep_of({n, c, h, w, last}, width, most));
 }
 
