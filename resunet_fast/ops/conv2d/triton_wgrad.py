@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ... import environment
 from ..layout import accumulator, dense
 from ..triton_build import Build, signature_of
+from ..triton_dtype import accumulator_type, upcast
 from .triton_wgrad_kernels import (
     conv2d_bwd_bias_kernel,
     conv2d_bwd_weight_kernel,
@@ -269,16 +269,6 @@ def _multiprocessors(tensor: Tensor) -> int:
     if not tensor.is_cuda:
         return 1
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def upcast(tensor: Tensor) -> bool:
-    """Whether products of this tensor need wider operands: the interpreter has no bfloat16 ones."""
-    return tensor.dtype == torch.bfloat16 and environment.triton_interpreted()
-
-
-def accumulator_type(tensor: Tensor) -> tl.dtype:
-    """Triton's name of the dtype that sums of this tensor are accumulated in."""
-    return tl.float64 if accumulator(tensor.dtype) == torch.float64 else tl.float32
 
 
 def builds() -> list[Build]:

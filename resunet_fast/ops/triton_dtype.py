@@ -1,0 +1,20 @@
+"""What Triton kernels compute in, by the dtype of their operands."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import environment
+from .layout import accumulator
+
+
+def accumulator_type(tensor: Tensor) -> tl.dtype:
+    """Triton's name of the dtype that sums of this tensor are accumulated in."""
+    return tl.float64 if accumulator(tensor.dtype) == torch.float64 else tl.float32
+
+
+def upcast(tensor: Tensor) -> bool:
+    """Whether products of this tensor need wider operands: the interpreter has no bfloat16 ones."""
+    return tensor.dtype == torch.bfloat16 and environment.triton_interpreted()
