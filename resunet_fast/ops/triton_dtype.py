@@ -18,3 +18,9 @@ def accumulator_type(tensor: Tensor) -> tl.dtype:
 def upcast(tensor: Tensor) -> bool:
     """Whether products of this tensor need wider operands: the interpreter has no bfloat16 ones."""
     return tensor.dtype == torch.bfloat16 and environment.triton_interpreted()
+
+
+def precision(tensor: Tensor) -> str:
+    """How tensor cores read operands of a convolution: float32 as TF32, where there are any."""
+    tf32 = tensor.dtype == torch.float32 and not environment.triton_interpreted()
+    return "tf32" if tf32 else "ieee"

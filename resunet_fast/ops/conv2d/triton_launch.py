@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import environment
 from ...tuning import ConvConfig, ConvProblem, lookup, pick
 from ..layout import accumulator, dense, empty
-from ..triton_dtype import accumulator_type, upcast
+from ..triton_dtype import accumulator_type, precision, upcast
 from .triton_epilogue import bn_stats_merge_kernel
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
@@ -153,8 +153,7 @@ def _config(operator: str, operands: Operands, geometry: Geometry) -> ConvConfig
 
 def _addressable(operands: Operands, geometry: Geometry) -> bool:
     """Whether the tensor memory accelerator can fetch every operand of a 3x3 convolution."""
-    capability = environment.compute_capability(operands.x.device)
-    if capability is not None and capability[0] not in environment.TENSOR_MEMORY_ACCELERATOR:
+    if not environment.has_tensor_memory_accelerator(operands.x.device):
         return False
     if (geometry.kernel, geometry.stride, geometry.padding) != ((3, 3), (1, 1), (1, 1)):
         return False
@@ -185,7 +184,6 @@ def _tiles(config: ConvConfig, y: Tensor) -> tuple[int, int]:
 
 def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
     x = operands.x
-    tensor_cores = x.dtype == torch.float32 and not environment.triton_interpreted()
     return {
         "HAS_SCALE": epilogue.scale is not None,
         "HAS_SHIFT": epilogue.shift is not None,
@@ -194,7 +192,7 @@ def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
         "STATISTICS": epilogue.statistics,
         "ACC": accumulator_type(x),
         "UPCAST": upcast(x),
-        "PRECISION": "tf32" if tensor_cores else "ieee",
+        "PRECISION": precision(x),
     }
 
 
