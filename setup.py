@@ -182,8 +182,10 @@ def _architectures(known: list[str]) -> list[str]:
             raise UnavailableError(f"this nvcc compiles for none of sm_{CUDA_ARCHITECTURES}")
         return usable
     for architecture in wanted:
-        if f"sm_{architecture}" not in known:
-            expected = ", ".join(name.removeprefix("sm_") for name in known)
+        # Not such as 90a: its code would run on no other GPU, and nothing here asks for it.
+        if f"sm_{architecture}" not in known or not architecture.isdecimal():
+            names = (name.removeprefix("sm_") for name in known)
+            expected = ", ".join(name for name in names if name.isdecimal())
             raise UnavailableError(
                 f"RESUNET_FAST_CUDA_ARCHS: expected some of {expected}, got {architecture!r}"
             )

@@ -66,13 +66,21 @@ def gpu_names() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-# Major compute capabilities whose tensor memory accelerator the kernels use.
+# Major compute capabilities whose tensor memory accelerator the kernels use. Those of 12 have one
+# too, but less than half of the shared memory that the boxes take.
 TENSOR_MEMORY_ACCELERATOR = (9, 10)
 
 
+@cache  # several questions at every call of a convolution
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """Major and minor version of a GPU's instruction set; None for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def has_tensor_memory_accelerator(device: torch.device) -> bool:
+    """Whether boxes can be fetched there, and by the interpreter on other devices than GPUs."""
+    capability = compute_capability(device)
+    return capability is None or capability[0] in TENSOR_MEMORY_ACCELERATOR
 
 
 def machine() -> dict[str, object]:

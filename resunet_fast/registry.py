@@ -159,10 +159,12 @@ class Operator:
         return run(*inputs)
 
     def _mutate_dispatched(self, *args: Any) -> None:
-        self._mutate(args, self._dispatch)
+        self._mutate(args, self.overload)
 
     def _mutate(self, args: Sequence[Any], run: Callable[..., Any]) -> None:
-        run(*args)
+        # Below autograd, or what is written would join the graph of an argument such as a bias.
+        with torch._C._AutoDispatchBelowAutograd():
+            run(*args)
         if torch.is_inference_mode_enabled():
             return
         # Autograd learns that a tensor has changed from its version, and of nothing else.

@@ -113,7 +113,7 @@ def nvcc_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         path = tmp_path / "bin/nvcc"
         path.parent.mkdir()
         answers = 'case "$1" in --version) echo "release 13.0, V13.0.1"; exit;;\n'
-        answers += "--list-gpu-code) echo sm_80 sm_90 sm_100; exit;; esac\n"
+        answers += "--list-gpu-code) echo sm_80 sm_90 sm_90a sm_100; exit;; esac\n"
         path.write_text(f"#!/bin/sh\n{answers}{body}\n")
         path.chmod(0o755)
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -132,10 +132,11 @@ def test_architectures(nvcc_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(targets) == 4
     monkeypatch.setenv("RESUNET_FAST_CUDA_ARCHS", "90, 80")
     assert SCRIPT["find_nvcc"]().architectures == ["80", "90"]
-    monkeypatch.setenv("RESUNET_FAST_CUDA_ARCHS", "hopper")
-    sentence = "RESUNET_FAST_CUDA_ARCHS: expected some of 80, 90, 100, got 'hopper'"
-    with pytest.raises(SCRIPT["UnavailableError"], match=sentence):
-        SCRIPT["find_nvcc"]()
+    for wrong in ("hopper", "90a"):
+        monkeypatch.setenv("RESUNET_FAST_CUDA_ARCHS", wrong)
+        sentence = f"RESUNET_FAST_CUDA_ARCHS: expected some of 80, 90, 100, got '{wrong}'"
+        with pytest.raises(SCRIPT["UnavailableError"], match=sentence):
+            SCRIPT["find_nvcc"]()
 
 
 def test_no_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from twins import BACKENDS
 
 import resunet_fast as rf
 from bench import launch
 from resunet_fast.functional import Norm
+from resunet_fast.ops.upsample_concat.op import UPSAMPLE_CONCAT
 from resunet_fast.registry import _plain
 
 
@@ -48,6 +50,19 @@ def results(by_dispatcher: bool) -> list[Tensor]:
 def test_results_are_the_same_through_the_dispatcher_and_without() -> None:
     for a, b in zip(results(True), results(False), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_an_operator_writes_stays_out_of_the_graph(backend: str) -> None:
+    bn, bias = nn.BatchNorm2d(2), nn.Parameter(torch.ones(2))
+    x, output = torch.randn(1, 2, 4, 4, requires_grad=True), torch.empty(1, 4, 8, 8)
+    with rf.use_backend(backend):
+        rf.functional.update_running_stats(Norm.of(bn), torch.ones(2), torch.ones(2), 10, bias)
+        UPSAMPLE_CONCAT(x, torch.randn(1, 2, 8, 8), output, "bilinear", backend)
+    assert bn.running_mean is not None
+    assert torch.equal(bn.running_mean, torch.full((2,), 0.2))
+    assert not bn.running_mean.requires_grad
+    assert not output.requires_grad
 
 
 def test_inference_mode_leaves_versions_alone() -> None:

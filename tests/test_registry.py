@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from twins import BACKENDS, batch_norm, fused_bn_act, image
 
 import resunet_fast as rf
 from resunet_fast import native, registry
 from resunet_fast.functional import Conv
+from resunet_fast.ops.backends import triton_refusals
 from resunet_fast.registry import OPERATORS, Implementation, forced_backend
 
 needs_native = pytest.mark.skipif(
@@ -176,6 +178,12 @@ def test_every_operator_has_a_reference_that_comes_last() -> None:
         names = list(operator.implementations)
         assert names[-1] == "reference"
         assert names == sorted(names, key=registry.PREFERENCE.index)
+
+
+def test_triton_refuses_tensors_on_two_gpus() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(1, 2, 3, 3, device="cuda:0"), torch.empty(2, device="cuda:1")
+    assert triton_refusals(x, weight)[-1] == "it needs tensors on one GPU, got cuda:0 and cuda:1"
 
 
 @pytest.mark.parametrize("name", BACKENDS)

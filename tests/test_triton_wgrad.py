@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resunet_fast import environment
 from resunet_fast.ops.backends import triton_unavailable
 from resunet_fast.testing import assert_close, tolerance
 
@@ -155,6 +156,17 @@ def test_boxes_need_whole_16_bytes() -> None:
     assert triton_wgrad.box_of(grad, VIEWS["odd offset"](x), (1, 1)) is None
     assert triton_wgrad.box_of(grad, VIEWS["expanded batch"](x), (1, 1)) is None
     assert triton_wgrad.box_of(VIEWS["channels of a buffer"](grad), x, (1, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "boxes"), [((8, 9), False), ((9, 0), True), ((12, 0), False)]
+)
+def test_boxes_need_a_gpu_that_holds_them(
+    capability: tuple[int, int], boxes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "compute_capability", lambda _: capability)
+    grad, x = operands("bars")
+    assert (triton_wgrad.box_of(grad, x, (1, 1)) is not None) == boxes
 
 
 @pytest.mark.parametrize("name", ["1x1", "bars"])

@@ -12,6 +12,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from ..registry import forced_backend
+
 Run = Callable[[Tensor], Tensor]
 Capture = Callable[[Run, Tensor], Run]
 
@@ -55,7 +57,7 @@ class GraphCache:
 def _key(x: Tensor) -> tuple[object, ...]:
     # Buffers are shared by the replays of one graph: each stream has its own.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    return (tuple(x.shape), x.stride(), x.dtype, x.device, stream)
+    return (tuple(x.shape), x.stride(), x.dtype, x.device, stream, forced_backend())
 
 
 def cuda_capture(run: Run, example: Tensor) -> Run:
@@ -65,7 +67,8 @@ def cuda_capture(run: Run, example: Tensor) -> Run:
         run: launches kernels only; its result depends on its argument alone.
         example: a CUDA tensor; its values are not used later.
     """
-    static = torch.empty_like(example)
+    with torch.inference_mode(False):  # later calls may be made outside it
+        static = torch.empty_like(example)
     static.copy_(example)
     stream = torch.cuda.Stream(example.device)
     stream.wait_stream(torch.cuda.current_stream(example.device))
@@ -74,8 +77,12 @@ def cuda_capture(run: Run, example: Tensor) -> Run:
             run(static)
     torch.cuda.current_stream(example.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads do on the device does not break this capture.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # thread_local: what other threads do on the device does not break this capture. Without a
+    # stream torch captures one of whichever device came first, and a graph of another is empty.
+    with (
+        torch.cuda.device(example.device),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         result = run(static)
 
     def replay(x: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class FrozenResUNet(Sealed, Wiring):
         dtype: of the folded tensors and of everything that flows between them.
     """
 
+    device: torch.device
     _finite: bool
     _graphs: GraphCache | None
     stages: ClassVar[Stages] = Stages(
@@ -51,7 +52,6 @@ class FrozenResUNet(Sealed, Wiring):
         for name in _CHOICES:
             setattr(self, name, getattr(model, name))
         self.dtype = dtype
-        self.device = model.outc.weight.device
         self.encoder_layers = self._frozen("encoder_layers", model.encoder_layers)
         self.bottleneck = freeze_block("bottleneck", model.bottleneck, dtype)
         self.ups = SealedList(FrozenTransposed(_transposed(layer), dtype) for layer in model.ups)
@@ -115,7 +115,6 @@ class FrozenResUNet(Sealed, Wiring):
         for name, module in self.named_modules():
             if isinstance(module, Layer):
                 module.fill(state, f"{name}." if name else "")
-        self.__dict__["device"] = device
         self._settle()
 
     def extra_repr(self) -> str:
@@ -143,6 +142,7 @@ class FrozenResUNet(Sealed, Wiring):
         """Derive what depends on the tensors and is not saved with them."""
         layers = (module for module in self.modules() if isinstance(module, Layer))
         tensors = [tensor for layer in layers for _, tensor in layer.tensors()]
+        self.__dict__["device"] = tensors[0].device
         on_cpu = self.device.type == "cpu"
         self.__dict__["_finite"] = on_cpu and all(bool(t.isfinite().all()) for t in tensors)
         cache = GraphCache(cuda_capture) if self.device.type == "cuda" else None
@@ -158,7 +158,7 @@ class FrozenResUNet(Sealed, Wiring):
         super()._check_input(x)
         if not x.is_floating_point():
             raise ValueError(f"x: expected a floating-point tensor, got {x.dtype}")
-        if x.device.type != self.device.type:
+        if x.device != self.device:
             raise ValueError(f"x: expected a tensor on {self.device}, got one on {x.device}")
         if torch._C._are_functorch_transforms_active():
             raise FrozenError(

@@ -56,10 +56,15 @@ def triton_refusals(*inputs: Any) -> list[str]:
     """What every Triton implementation has against some operator arguments."""
     reasons = triton_unavailable()
     interpreted = environment.triton_interpreted()
+    device = None
     for tensor in inputs:
         if isinstance(tensor, Tensor):
             if not (tensor.is_cuda or (interpreted and tensor.device.type == "cpu")):
                 return [*reasons, f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
+            # Triton itself would launch, and read the other GPU's addresses.
+            device = device or tensor.device
+            if tensor.device != device:
+                return [*reasons, f"it needs tensors on one GPU, got {device} and {tensor.device}"]
             if tensor.dtype not in NATIVE_DTYPES and tensor.dtype != torch.int64:
                 return [*reasons, f"it has no {tensor.dtype} kernels"]
     return reasons

@@ -1,5 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N806
 """Device code of bn_act's backward: sums of tiles, their merge, and one sweep.
 
 With POOL the gradient of the pooled image reaches its cell here, without a buffer in between.

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """What the device code of bn_act's kernels shares: who owns what, and the formulas of an element.
 
 Blocks are [positions, channels] in either layout; `triton_tiling.py` says what a program owns. With

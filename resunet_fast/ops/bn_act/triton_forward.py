@@ -1,5 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N806
 """Device code of bn_act's forward: statistics of tiles, their merge, and one sweep."""
 
 import triton

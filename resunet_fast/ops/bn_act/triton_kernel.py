@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..layout import accumulator, dense, empty, layout_of
+from ..triton_dtype import accumulator_type
 from . import triton_backward as bwd
 from . import triton_blocks as device
 from . import triton_forward as fwd
@@ -22,11 +23,6 @@ MERGE_TILES, MERGE_ELEMENTS = 1024, 4096
 
 
 Pair = tuple["Tensor | None", "Tensor | None"]
-
-
-def accumulates_in(x: Tensor) -> triton.language.dtype:
-    """The accumulator's dtype in Triton's words."""
-    return triton.language.float64 if x.dtype == torch.float64 else triton.language.float32
 
 
 def statistics(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
@@ -81,7 +77,7 @@ def _blocks(x: Tensor, extent: Extent, tiles: Tiling) -> dict[str, object]:
         "BLOCK_C": tiles.block_c,
         "UNIT": extent.unit,
         "CHANNELS_LAST": extent.channels_last,
-        "ACC": accumulates_in(x),
+        "ACC": accumulator_type(x),
     }
 
 

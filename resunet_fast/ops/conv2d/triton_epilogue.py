@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Device functions that the convolution kernels share: one k-step, and what follows the last.
 
 An accumulator is [BLOCK_K, BLOCK_P], filters by pixels: with the weight as the first operand the

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import environment
 from ...tuning import ConvConfig, ConvProblem, lookup, pick
 from ..layout import accumulator, dense, empty
+from ..triton_dtype import accumulator_type, precision, upcast
 from .triton_epilogue import bn_stats_merge_kernel
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
@@ -153,8 +153,7 @@ def _config(operator: str, operands: Operands, geometry: Geometry) -> ConvConfig
 
 def _addressable(operands: Operands, geometry: Geometry) -> bool:
     """Whether the tensor memory accelerator can fetch every operand of a 3x3 convolution."""
-    capability = environment.compute_capability(operands.x.device)
-    if capability is not None and capability[0] not in environment.TENSOR_MEMORY_ACCELERATOR:
+    if not environment.has_tensor_memory_accelerator(operands.x.device):
         return False
     if (geometry.kernel, geometry.stride, geometry.padding) != ((3, 3), (1, 1), (1, 1)):
         return False
@@ -184,17 +183,16 @@ def _tiles(config: ConvConfig, y: Tensor) -> tuple[int, int]:
 
 
 def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
-    dtype = operands.x.dtype
-    interpreted = environment.triton_interpreted()
+    x = operands.x
     return {
         "HAS_SCALE": epilogue.scale is not None,
         "HAS_SHIFT": epilogue.shift is not None,
         "HAS_RESIDUAL": operands.residual is not None,
         "RELU": epilogue.relu,
         "STATISTICS": epilogue.statistics,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "UPCAST": interpreted and dtype == torch.bfloat16,
-        "PRECISION": "tf32" if dtype == torch.float32 and not interpreted else "ieee",
+        "ACC": accumulator_type(x),
+        "UPCAST": upcast(x),
+        "PRECISION": precision(x),
     }
 
 

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Convolution of any size, stride, padding and layout, by 64-bit addresses and masks.
 
 For what tensor descriptors cannot address, and for GPUs without them. A data gradient of a strided

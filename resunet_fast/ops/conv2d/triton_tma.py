@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """3x3 stride-1 convolution, channels_last, fed by the tensor memory accelerator.
 
 A box of pixels shifted by one tap is one copy: what lies outside the image arrives as zeros, which

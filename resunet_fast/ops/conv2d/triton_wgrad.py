@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import environment
 from ..layout import accumulator, dense
 from ..triton_build import Build, signature_of
+from ..triton_dtype import accumulator_type, precision, upcast
 from .triton_wgrad_kernels import (
     conv2d_bwd_bias_kernel,
     conv2d_bwd_weight_kernel,
@@ -138,6 +139,8 @@ def _sum(
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     sizes = (k, taps * c, 1) if box is None else (k, c, taps)
     config = configure(pixels, *sizes, _multiprocessors(x))
+    if box is None:
+        config = replace(config, block_p=_narrowed(config.block_p, x.itemsize))
     splits = math.ceil(pixels / config.split)
     partials = result[None] if splits == 1 else result.new_empty(splits, k, taps, c)
     if box is None:
@@ -148,6 +151,11 @@ def _sum(
         _sum_partials(partials.flatten(1, 2), result.flatten(0, 1))
 
 
+def _narrowed(block_p: int, itemsize: int) -> int:
+    """Pixels per product that take the bytes of 16-bit ones: more overflow shared memory."""
+    return max(16, block_p * 2 // max(itemsize, 2))
+
+
 def box_of(grad: Tensor, x: Tensor, stride: Sequence[int]) -> tuple[int, int] | None:
     """Return (rows, columns) of the boxes that both operands are read in, None for pointers.
 
@@ -155,7 +163,7 @@ def box_of(grad: Tensor, x: Tensor, stride: Sequence[int]) -> tuple[int, int] | 
     shared memory, otherwise they would pass through registers. Boxes tile the image without a rest:
     a rest would multiply zeros by values that belong to no pixel of the sum, and 0 * inf is not 0.
     """
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
+    if not environment.has_tensor_memory_accelerator(x.device):
         return None
     n, _, h, w = grad.shape
     dense_rows = grad.is_contiguous(memory_format=torch.channels_last) and n * h * w < 2**31
@@ -190,7 +198,8 @@ def _launch(
         *(grad, x, partials, n * oh * ow, config.split, oh, ow, *x.shape[2:]),
         *(*grad.stride(), *x.stride(), *partials.stride()[:3]),
         *(k, c, *kernel_size, *stride, *padding),
-        *(config.block_k, config.block_c, config.block_p, upcast(x), accumulator_type(x)),
+        *(config.block_k, config.block_c, config.block_p),
+        *(upcast(x), precision(x), accumulator_type(x)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -218,7 +227,7 @@ def _launch_tma(
         *(n * boxes_h * boxes_w, config.split // pixels, boxes_h, boxes_w),
         *(*partials.stride()[:3], k, c, *kernel_size, *padding),
         *(*box, config.block_k, config.block_c, config.num_stages),
-        *(upcast(x), accumulator_type(x)),
+        *(upcast(x), precision(x), accumulator_type(x)),
         num_warps=config.num_warps,
     )
 
@@ -271,16 +280,6 @@ def _multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
-def upcast(tensor: Tensor) -> bool:
-    """Whether products of this tensor need wider operands: the interpreter has no bfloat16 ones."""
-    return tensor.dtype == torch.bfloat16 and environment.triton_interpreted()
-
-
-def accumulator_type(tensor: Tensor) -> tl.dtype:
-    """Triton's name of the dtype that sums of this tensor are accumulated in."""
-    return tl.float64 if accumulator(tensor.dtype) == torch.float64 else tl.float32
-
-
 def builds() -> list[Build]:
     """What is compiled ahead of time: both forms at the networks' widths, and the sums."""
     boxed = [
@@ -302,6 +301,7 @@ def builds() -> list[Build]:
             ("bf16", 128, 128, 1, 1),
             ("bf16", 128, 256, 2, 2),
             ("fp16", 128, 128, 3, 1),
+            ("fp32", 128, 128, 3, 1),
         )
     ]
     return [*boxed, *pointed, *_sum_builds()]
@@ -312,7 +312,8 @@ def _boxed_build(dtype: str, channels: int, box: tuple[int, int]) -> Build:
     constexprs = {
         **{"K": channels, "C": channels, "R": 3, "S": 3, "PADDING_H": 1, "PADDING_W": 1},
         **{"BOX_H": box[0], "BOX_W": box[1], "BLOCK_K": config.block_k, "BLOCK_C": config.block_c},
-        **{"STAGES": config.num_stages, "UPCAST": False, "ACC": tl.float32},
+        **{"STAGES": config.num_stages, "UPCAST": False, "PRECISION": "ieee"},
+        **{"ACC": tl.float32},
     }
     given = {
         "p_partials": "*fp32",
@@ -334,16 +335,20 @@ def _boxed_build(dtype: str, channels: int, box: tuple[int, int]) -> Build:
 
 def _pointed_build(dtype: str, c: int, k: int, kernel: int, stride: int) -> Build:
     config = configure(2**20, k, kernel * kernel * c, 1, 132)
+    block_p = _narrowed(config.block_p, 4 if dtype == "fp32" else 2)
     constexprs = {
         **{"s_gk": 1, "s_xc": 1, "K": k, "C": c, "R": kernel, "S": kernel},
         **{"STRIDE_H": stride, "STRIDE_W": stride},
         **{"PADDING_H": kernel % 2 * (kernel // 2), "PADDING_W": kernel % 2 * (kernel // 2)},
-        **{"BLOCK_K": config.block_k, "BLOCK_J": config.block_c, "BLOCK_P": config.block_p},
-        **{"UPCAST": False, "ACC": tl.float32},
+        **{"BLOCK_K": config.block_k, "BLOCK_J": config.block_c, "BLOCK_P": block_p},
+        **{"UPCAST": False, "PRECISION": "tf32" if dtype == "fp32" else "ieee"},
+        **{"ACC": tl.float32},
     }
     pointers = {"p_grad": f"*{dtype}", "p_input": f"*{dtype}", "p_partials": "*fp32"}
     strides = ("s_gn", "s_gh", "s_gw", *(("s_xn", "s_xh", "s_xw", "s_tap") if c % 16 == 0 else ()))
-    demands = {"no_spills", "matrix_instruction"} | ({"vector_16_bytes"} if c % 16 == 0 else set())
+    # 32-bit operands are turned on their way into shared memory, four bytes at a time.
+    wide = c % 16 == 0 and dtype != "fp32"
+    demands = {"no_spills", "matrix_instruction"} | ({"vector_16_bytes"} if wide else set())
     return Build(
         f"conv2d_bwd_weight-{dtype}-{c}to{k}-{kernel}x{kernel}-stride{stride}",
         conv2d_bwd_weight_kernel,

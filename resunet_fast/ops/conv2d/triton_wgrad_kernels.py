@@ -43,6 +43,7 @@ def conv2d_bwd_weight_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
     UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One program: the sums over one split of the pixels for one tile of [K, R * S * C]."""
@@ -94,7 +95,7 @@ def conv2d_bwd_weight_kernel(
         if UPCAST:
             b_grad = b_grad.to(ACC)
             b_input = b_input.to(ACC)
-        acc = tl.dot(tl.trans(b_grad), b_input, acc, input_precision="ieee", out_dtype=ACC)
+        acc = tl.dot(tl.trans(b_grad), b_input, acc, input_precision=PRECISION, out_dtype=ACC)
     o_partial = o_k.to(tl.int64)[:, None] * s_k + (o_tap.to(tl.int64) * s_tap + o_c)[None, :]
     tl.store(p_partials + i_split * s_split + o_partial, acc, mask=m_k[:, None] & m_j[None, :])
 
@@ -123,6 +124,7 @@ def conv2d_bwd_weight_tma_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One program: the sums over one split of the boxes for one tap and tile of [K, C]."""
@@ -148,7 +150,7 @@ def conv2d_bwd_weight_tma_kernel(
         if UPCAST:
             b_grad = b_grad.to(ACC)
             b_input = b_input.to(ACC)
-        acc = tl.dot(tl.trans(b_grad), b_input, acc, input_precision="ieee", out_dtype=ACC)
+        acc = tl.dot(tl.trans(b_grad), b_input, acc, input_precision=PRECISION, out_dtype=ACC)
     o_k = i_k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     o_c = i_c + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     o_partial = o_k.to(tl.int64)[:, None] * s_k + o_c[None, :]

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """conv_bn_act in Triton: the convolution's epilogue does what batch norm needs of its sums.
 
 With batch statistics the epilogue sums them, which saves batch norm its first reading of y, and one

@@ -20,16 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..conv2d.op import output_layout
-from ..conv2d.triton_wgrad import (
-    accumulator_type,
-    bias_gradient,
-    block,
-    channels_innermost,
-    upcast,
-    weight_gradient,
-)
+from ..conv2d.triton_wgrad import bias_gradient, block, channels_innermost, weight_gradient
 from ..layout import dense, empty, layout_of
 from ..triton_build import Build, signature_of
+from ..triton_dtype import accumulator_type, upcast
 
 
 @triton.jit

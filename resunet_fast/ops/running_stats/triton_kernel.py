@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Running statistics by Triton: one launch of one program, which also counts the batch."""
 
 from typing import Any

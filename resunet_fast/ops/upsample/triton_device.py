@@ -1,5 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N806
 """Device code of upsampling: the map, with a skip copied behind it, and its transpose as a gather.
 
 Blocks are [pixels, channels] in either layout. A program owns a block of an image's pixels, of the

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..bn_act.triton_kernel import accumulates_in
 from ..layout import dense, empty, layout_of
+from ..triton_dtype import accumulator_type
 from . import triton_device as device
 from .reference import MODES
 from .triton_builds import builds as builds
@@ -71,7 +71,7 @@ def write(input: Tensor, skip: Tensor | None, mode: str, output: Tensor) -> None
             CHANNELS_LAST=last,
             MODE=MODES.index(mode),
             HAS_SKIP=behind is not None,
-            ACC=accumulates_in(x),
+            ACC=accumulator_type(x),
             num_warps=held.num_warps,
         )
 
@@ -128,7 +128,7 @@ def _gather(dy: Tensor, shape: Sequence[int], mode: str, layout: torch.memory_fo
             MODE=MODES.index(mode),
             ROWS=readers(h, height, mode),
             COLUMNS=readers(w, width, mode),
-            ACC=accumulates_in(dy),
+            ACC=accumulator_type(dy),
             num_warps=held.num_warps,
         )
     return dx
