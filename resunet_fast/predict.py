@@ -21,6 +21,7 @@ from .segmentation import (
     Segmentation,
     SegmentationError,
     Settings,
+    for_inference,
     pick_device,
     segment,
 )
@@ -117,6 +118,9 @@ def main(argv: list[str]) -> int:
         settings.check(model.network)
     except SegmentationError as error:
         return _complain(f"--{error}")
+    model, reasons = for_inference(model, settings.dtype)
+    if reasons:
+        _complain(f"the model runs as it is, not frozen for this: {'; '.join(reasons)}")
     try:
         done = _run(jobs, model, settings)
     except OSError as error:
