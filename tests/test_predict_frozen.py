@@ -1,4 +1,4 @@
-"""Segmentation with frozen models: the same results, tiled or not, and sentences where it is not."""
+"""Segmentation with frozen models: the same results, tiled or not; sentences where it is not."""
 
 from __future__ import annotations
 
