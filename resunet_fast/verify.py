@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, environment
+from .cli import OneLineParser
 from .registry import OPERATORS, PREFERENCE, backends
 from .testing import CASES, MUTATING_CASES, Case, checks
 
@@ -234,7 +235,7 @@ def document(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m resunet_fast verify",
         description="Compare every operator's implementations that can run here with the formula "
         "in float64: results, gradients with the ReLU's mask imposed, gradients against finite "
