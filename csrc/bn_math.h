@@ -4,6 +4,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #ifdef __CUDACC__
 #define RF_HD __host__ __device__ static inline
@@ -49,6 +50,12 @@ RF_HD Moments<A> merge(Moments<A> a, Moments<A> b) {
   return {
       count, delta == A(0) ? a.mean : mean,
       a.m2 + b.m2 + delta * delta * (a.count * (b.count / count))};
+}
+
+// From the variance of `count` > 0 values to that of what they are drawn from. A single value, of
+// which there is no such estimate, keeps its variance of zero.
+RF_HD double unbias(int64_t count) {
+  return static_cast<double>(count) / static_cast<double>(count > 1 ? count - 1 : 1);
 }
 
 RF_HD double reciprocal_deviation(double var, double eps) { return 1.0 / sqrt(var + eps); }

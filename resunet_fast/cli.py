@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
@@ -27,6 +27,14 @@ COMMANDS = {
 OPTIONAL_PACKAGES = frozenset(
     {"PIL", "matplotlib", "numpy", "safetensors", "skimage", "sklearn", "tifffile", "tqdm"}
 )
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command's parser: wrong use is one line, like everything else that goes wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with 2."""
+        self.exit(2, f"{self.prog.split()[-1]}: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

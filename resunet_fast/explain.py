@@ -8,6 +8,10 @@ from typing import Any
 from torch import nn
 
 from . import registry
+from .frozen import FrozenResUNet
+from .frozen.blocks import FrozenBlock
+from .frozen.graphs import GraphCache
+from .frozen.layers import FrozenConv, FrozenTransposed
 from .models.wiring import Wiring
 from .modules import fused
 from .registry import Explanation
@@ -15,15 +19,24 @@ from .registry import Explanation
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """Every block and transposed convolution, with what stands against fusing it (empty: it is)."""
+    """Every block and transposed convolution, with what stands against fusing it (empty: it is).
+
+    Attributes:
+        blocks: by name; for a frozen model, what is not folded, or not laid out for oneDNN.
+        otherwise: what a block without reasons is.
+        calls: how a frozen model's calls run.
+    """
 
     blocks: dict[str, list[str]]
+    otherwise: str = "fused"
+    calls: str = ""
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{name}: " + ("; ".join(reasons) if reasons else "fused")
+        lines = [
+            f"{name}: " + ("; ".join(reasons) if reasons else self.otherwise)
             for name, reasons in self.blocks.items()
-        )
+        ]
+        return "\n".join([*lines, *filter(None, [self.calls])])
 
 
 def explain(subject: str | nn.Module, *inputs: Any) -> Explanation | ModelExplanation:
@@ -43,6 +56,8 @@ def explain(subject: str | nn.Module, *inputs: Any) -> Explanation | ModelExplan
         return registry.explain(subject, *inputs)
     if inputs:
         raise ValueError(f"inputs: expected none for a model, got {len(inputs)}")
+    if isinstance(subject, FrozenResUNet):
+        return _explain_frozen(subject)
     ups = _transposed_convolutions(subject)
     blocks = {}
     for name, module in subject.named_modules():
@@ -58,3 +73,20 @@ def _transposed_convolutions(model: nn.Module) -> list[nn.Module]:
     networks = [module for module in model.modules() if isinstance(module, Wiring)]
     fast = [network for network in networks if network.stages.enlarge is fused.enlarge]
     return [up for network in fast for up in network.ups]
+
+
+def _explain_frozen(model: FrozenResUNet) -> ModelExplanation:
+    kinds = (FrozenBlock, FrozenTransposed)
+    blocks = {
+        name: module.reservations()
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) or (isinstance(module, FrozenConv) and name == "outc")
+    }
+    if model.device.type != "cuda":
+        return ModelExplanation(blocks, "folded and packed for oneDNN", "calls run layer by layer")
+    return ModelExplanation(
+        blocks,
+        "folded",
+        "calls replay a CUDA graph, captured at the first of each shape, layout and stream; the"
+        f" last {GraphCache.LIMIT} are kept",
+    )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cli import OneLineParser
 from .freeze import freeze
 from .frozen import FrozenResUNet
 from .frozen.errors import relative_error
@@ -154,6 +155,8 @@ def check_onnx(model: nn.Module, path: str | Path, sizes: Sequence[tuple[int, in
 
 def _example(model: nn.Module, size: tuple[int, int]) -> Tensor:
     """An image of random pixels, always the same ones."""
+    if min(size) < 1:
+        raise ExportError(f"size: expected two positive numbers, got {tuple(size)}")
     if isinstance(model, FrozenResUNet):
         dtype, device = model.dtype, model.device
     else:
@@ -186,7 +189,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m resunet_fast export",
         description="Write a saved model, frozen, for programs that do not have this package. The "
         "program takes images that are normalised already; the command prints how.",

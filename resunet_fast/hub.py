@@ -22,6 +22,7 @@ from .checkpoint import (
     load,
     save,
 )
+from .frozen import FrozenResUNet
 
 try:
     from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
@@ -139,10 +140,13 @@ def from_pretrained(name: str | Path, *, device: str = "cpu", **keywords: Any) -
 
 def _card(saved: SavedModel) -> str:
     config = saved.config
-    parameters = sum(parameter.numel() for parameter in saved.network.parameters())
+    network = saved.network
+    # A frozen network has no parameters, but tensors of its own; its batch norms are folded.
+    frozen = isinstance(network, FrozenResUNet)
+    tensors = network.state_dict().values() if frozen else network.parameters()
     facts = {
         "network": config.name,
-        "parameters": f"{parameters:,}",
+        "parameters": f"{sum(tensor.numel() for tensor in tensors):,}",
         "input": f"{config.in_channels} channels in [0, 1], any size",
         "output": f"{config.num_classes} logit per pixel ({config.task})",
         **{key: _short(value) for key, value in config.arguments.items()},

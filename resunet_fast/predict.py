@@ -8,30 +8,24 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from .checkpoint import CheckpointError, SavedModel, load, write_atomically
+from .cli import OneLineParser
 from .images import ImageError
 from .segmentation import (
     DTYPES,
     Segmentation,
     SegmentationError,
     Settings,
+    for_inference,
     pick_device,
     segment,
 )
 from .sources import ENDINGS, Job, NamingError, distinct, expand, plan
-
-
-class _Parser(argparse.ArgumentParser):
-    """Wrong use is one line, like everything else that goes wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"predict: {message}\n")
 
 
 def _kinds(text: str) -> list[str]:
@@ -43,7 +37,7 @@ def _kinds(text: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m resunet_fast predict",
         description="Segment images with a saved model; writes NAME_mask.png (0 or 255) and "
         "NAME_overlay.png for each, and more with --save.",
@@ -117,6 +111,9 @@ def main(argv: list[str]) -> int:
         settings.check(model.network)
     except SegmentationError as error:
         return _complain(f"--{error}")
+    model, reasons = for_inference(model, settings.dtype)
+    if reasons:
+        _complain(f"the model runs as it is, not frozen for this: {'; '.join(reasons)}")
     try:
         done = _run(jobs, model, settings)
     except OSError as error:

@@ -72,6 +72,9 @@ class Operator:
             it takes every argument but `backend`.
         setup_context, backward: the autograd formula as for `torch.library.register_autograd`, or
             None where the operator is not differentiable.
+
+    Attributes:
+        written: positions of the arguments that the operator writes into.
     """
 
     name: str
@@ -99,7 +102,7 @@ class Operator:
         )
         names = [argument.name for argument in arguments]
         self._keep = names.index("keep") if "keep" in names else None
-        self._written = [
+        self.written = [
             i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
         ]
         OPERATORS[self.name] = self
@@ -168,7 +171,7 @@ class Operator:
         if torch.is_inference_mode_enabled():
             return
         # Autograd learns that a tensor has changed from its version, and of nothing else.
-        written = (args[i] for i in self._written if args[i] is not None)
+        written = (args[i] for i in self.written if args[i] is not None)
         torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
     def complete(self, args: Sequence[Any]) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoint import Normalisation, SavedModel, load
+from .freeze import freeze, refusals
+from .frozen import FrozenResUNet
+from .frozen.build import reservations
 from .images import Array, ImageLike, Pixels, read_stored, to_float, with_channels
 from .models import Wiring
 from .tiling import Plane, bands, cell_size
@@ -105,6 +108,26 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def for_inference(model: SavedModel, dtype: str) -> tuple[SavedModel, list[str]]:
+    """Freeze a model, or say why it goes on as it is.
+
+    Args:
+        model: whose network is in evaluation mode.
+        dtype: see :class:`Settings`; one of those.
+
+    Returns:
+        The frozen model and no reasons; or the model itself and the reasons, each a sentence.
+    """
+    network, wanted = model.network, None if dtype == "float32" else DTYPES[dtype]
+    if isinstance(network, FrozenResUNet):
+        other = wanted not in (None, network.dtype)
+        return model, [f"it is frozen in {network.dtype}, which {dtype!r} cannot change"] * other
+    reasons = refusals(network)
+    if wanted is not None:
+        reasons += reservations(wanted, next(network.parameters()).device)
+    return (model, reasons) if reasons else (replace(model, network=freeze(network, wanted)), [])
+
+
 @dataclass(frozen=True)
 class Settings:
     """How an image goes through the network, whatever the image.
@@ -115,7 +138,7 @@ class Settings:
             whole image where it is small, else 512.
         overlap: pixels that neighbouring tiles share at least; None for a quarter of a tile.
         batch: tiles per forward pass.
-        dtype: "float32", or "bfloat16" for autocast.
+        dtype: "float32" for the network's own precision, or "bfloat16" (frozen in it, or autocast).
     """
 
     threshold: float = 0.5
@@ -158,8 +181,10 @@ def segment(
     (see docs/predict.md).
 
     Args:
-        model: a model directory, or what `checkpoint.load` returned (it stays on its device), or a
-            bare network in evaluation mode, or any function, that takes values in [0, 1].
+        model: a model directory, which is loaded and frozen; or what `checkpoint.load` returned; or
+            a bare network in evaluation mode, or any function, that takes values in [0, 1]. What is
+            no directory runs as it is, where it is: to freeze takes longer than a small image, and
+            is the caller's to do, once.
         image: see `images.read_stored`.
         device: "auto", "cpu" or "cuda"; read only when `model` is a directory.
         on_progress: called with the share of the rows that are done, in (0, 1].
@@ -177,6 +202,8 @@ def segment(
     chosen = Settings(**settings)
     if isinstance(model, str | Path):
         model = load(model, pick_device(device))
+        chosen.check(model.network)
+        model, _ = for_inference(model, chosen.dtype)
     network = model.network if isinstance(model, SavedModel) else model
     chosen.check(network)
     pixels = read_stored(image)

@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, environment
+from .cli import OneLineParser
 from .registry import OPERATORS, PREFERENCE, backends
-from .testing import CASES, Case, checks
+from .testing import CASES, MUTATING_CASES, Case, checks
 
+ALL_CASES = [*CASES, *MUTATING_CASES]
 KINDS = ("forward", "backward", "gradcheck", "opcheck")
 
 
@@ -111,7 +113,7 @@ def questions(case: Case, backend: str, *, quick: bool) -> Iterator[Question]:
         yield question("gradcheck", f"{name} float64", ask)
     # Tracing takes a second and sees the operator, hardly the implementation: one case each, here;
     # the tests trace every case.
-    tracing = not quick and case is next(c for c in CASES if c.operator == case.operator)
+    tracing = not quick and case is next(c for c in ALL_CASES if c.operator == case.operator)
     detail = "traced" if tracing else "untraced"
     opchecks = {"forward": checks.check_opcheck, "backward": checks.check_opcheck_of_backward}
     for direction in ("forward", "backward") if differentiable else ("forward",):
@@ -153,7 +155,7 @@ def plan(operator: str | None, backend: str | None, *, quick: bool) -> list[Ques
     here = [name for name, reasons in backends().items() if not reasons]
     return [
         question
-        for case, name in product(CASES, here)
+        for case, name in product(ALL_CASES, here)
         if name in OPERATORS[case.operator].implementations
         and operator in (None, case.operator)
         and backend in (None, name)
@@ -233,7 +235,7 @@ def document(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m resunet_fast verify",
         description="Compare every operator's implementations that can run here with the formula "
         "in float64: results, gradients with the ReLU's mask imposed, gradients against finite "
@@ -243,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument(
-        "--operator", choices=sorted({case.operator for case in CASES}), help="only this one"
+        "--operator", choices=sorted({case.operator for case in ALL_CASES}), help="only this one"
     )
     parser.add_argument("--backend", choices=list(backends()), help="only this one")
     parser.add_argument(

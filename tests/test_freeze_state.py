@@ -14,6 +14,7 @@ from networks import image
 from networks import one_thread as one_thread
 from test_freeze import SIZES, lively, network
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import resunet_fast as rf
 from resunet_fast import checkpoint
@@ -175,6 +176,20 @@ def test_compiled_in_one_graph(dtype: torch.dtype) -> None:
     for shape in SIZES[:2]:
         x = image(*shape).float()
         torch.testing.assert_close(compiled(x), frozen(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("upsample", ["bilinear", "transpose"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_compiled_by_inductor(dtype: torch.dtype, upsample: str) -> None:
+    torch._dynamo.reset()
+    frozen = rf.freeze(network(upsample=upsample, width_factors=(1, 2)), dtype)
+    compiled = torch.compile(frozen, fullgraph=True)
+    before = counters["stats"]["unique_graphs"]
+    for shape in SIZES[:2]:
+        x = image(*shape).float()
+        torch.testing.assert_close(compiled(x), frozen(x))
+    assert counters["stats"]["unique_graphs"] > before
 
 
 def test_exported_and_run_at_another_size(frozen: FrozenResUNet) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resunet_fast.registry import OPERATORS, backends
-from resunet_fast.testing import CASES, Case, checks, make_inputs
+from resunet_fast.testing import CASES, MUTATING_CASES, Case, checks, make_inputs
 from resunet_fast.testing.cases import argument_names
 from resunet_fast.testing.checks import DTYPES, LAYOUTS, differentiable, run
 
@@ -33,7 +33,7 @@ def implementations(cases: list[Case]) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("case", "backend"), implementations(CASES))
+@pytest.mark.parametrize(("case", "backend"), implementations([*CASES, *MUTATING_CASES]))
 def test_forward(case: Case, backend: str, layout: str, dtype: torch.dtype) -> None:
     checks.check_forward(case, backend, LAYOUTS[layout], dtype)
 
@@ -58,7 +58,7 @@ def test_second_derivatives_in_float64(case: Case, backend: str) -> None:
     checks.check_second_derivatives(case, backend)
 
 
-@pytest.mark.parametrize(("case", "backend"), implementations(CASES))
+@pytest.mark.parametrize(("case", "backend"), implementations([*CASES, *MUTATING_CASES]))
 def test_opcheck(case: Case, backend: str) -> None:
     checks.check_opcheck(case, backend)
 

@@ -18,13 +18,13 @@ void update_running_stats(
   }
   if (count == 0) return;
   const double factor = momentum < 0.0 ? 1.0 / static_cast<double>(batches) : momentum;
-  const double unbias = static_cast<double>(count) / static_cast<double>(count - 1);
+  const double correction = unbias(count);
   const std::vector<double> means = read_vector(mean), vars = read_vector(var);
   const std::vector<double> biases = read_vector(bias, channels, 0.0);
   std::vector<double> new_mean = read_vector(running_mean), new_var = read_vector(running_var);
   for (int64_t c = 0; c < channels; ++c) {
     new_mean[c] = (1.0 - factor) * new_mean[c] + factor * (means[c] + biases[c]);
-    new_var[c] = (1.0 - factor) * new_var[c] + factor * vars[c] * unbias;
+    new_var[c] = (1.0 - factor) * new_var[c] + factor * vars[c] * correction;
   }
   write_vector(new_mean, running_mean);
   write_vector(new_var, running_var);

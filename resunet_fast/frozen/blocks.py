@@ -57,6 +57,17 @@ class FrozenBlock(Sealed):
         z: Tensor = self.conv2(y, residual)
         return z
 
+    def reservations(self) -> list[str]:
+        """Say what is not folded, or not laid out for oneDNN."""
+        own = ["norm is a pass of its own: others read its input"] if self.norm is not None else []
+        convolutions = {"conv1": self.conv1, "conv2": self.conv2, "shortcut": self.shortcut}
+        return own + [
+            f"{name} is not packed: {reason}"
+            for name, convolution in convolutions.items()
+            if convolution is not None
+            for reason in convolution.reservations()
+        ]
+
 
 def down(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Run an encoder block and pool its result; (skip, pooled)."""

@@ -37,11 +37,17 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
             "dtype: torch.float16 has no fused convolution on a CPU; expected torch.bfloat16 or"
             " torch.float32"
         )
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        warnings.warn(
-            "oneDNN has no bfloat16 on this processor: the frozen model runs on the reference",
-            stacklevel=4,
-        )
+    for reason in reservations(dtype, device):
+        warnings.warn(f"{reason}: the frozen model runs on the reference", stacklevel=4)
+
+
+def reservations(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Say why a network frozen in this dtype would be no faster there (empty: it is)."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return []
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return []
+    return ["oneDNN has no bfloat16 on this processor"]
 
 
 def block_refusals(name: str, block: nn.Module) -> list[str]:

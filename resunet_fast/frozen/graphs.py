@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ class GraphCache:
         limit: number of graphs kept.
     """
 
-    def __init__(self, capture: Capture, limit: int = 4) -> None:
+    LIMIT: ClassVar[int] = 4
+
+    def __init__(self, capture: Capture, limit: int = LIMIT) -> None:
         self._capture = capture
         self._limit = limit
         self._graphs: OrderedDict[tuple[object, ...], Run] = OrderedDict()

@@ -99,6 +99,12 @@ class FrozenConv(Layer):
         super().fill(state, prefix)
         self._pack()
 
+    def reservations(self) -> list[str]:
+        """Say why the weight is not laid out for oneDNN (empty: it is, or lies on a GPU)."""
+        if self._packed.tensor is not None or self._weight.device.type != "cpu":
+            return []
+        return onednn.refusals(self._weight, self._weight, None, None)
+
     def extra_repr(self) -> str:
         """Return shapes and what is folded in."""
         k, c, *kernel = self._weight.shape
@@ -159,6 +165,10 @@ class FrozenTransposed(Layer):
         h, w = low.shape[2:]
         extra = [0, 0] if output_size is None else [output_size[0] - 2 * h, output_size[1] - 2 * w]
         return F.conv_transpose2d(low, self._weight, self._bias, 2, 0, extra)
+
+    def reservations(self) -> list[str]:
+        """Say why nothing is gained here."""
+        return ["ATen's transposed convolution: it has no batch norm to fold and is not packed"]
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Named cases of every differentiable operator: one table for tests, verification and benchmarks.
+"""Named cases of every operator: one table for tests, verification and benchmarks.
 
 A case holds the shapes and flags that make it different; :func:`make_inputs` turns it into the
 operator's arguments in any dtype and layout. Adding an operator means adding its lines here.
@@ -166,6 +166,23 @@ def _upsample(make: _Maker, shape: Shape, options: dict[str, Any]) -> list[Any]:
     return [make.image(shape, options.get("sliced", False)), options["size"], options["mode"]]
 
 
+def _update_running_stats(make: _Maker, shape: Shape, options: dict[str, Any]) -> list[Any]:
+    n, c, h, w = shape
+    mean, new_mean = make.vector(c), make.vector(c)
+    var, new_var = make.vector(c, positive=True), make.vector(c, positive=True)
+    running = [value.to(make.dtype) for value in (mean, var)]
+    counter = torch.tensor(3, device=make.device) if options.get("counter", True) else None
+    bias = make.vector(c).to(make.dtype) if options.get("bias", True) else None
+    return [*running, counter, new_mean, new_var, bias, n * h * w, options.get("momentum", 0.1)]
+
+
+def _upsample_concat(make: _Maker, shape: Shape, options: dict[str, Any]) -> list[Any]:
+    skip = make.image(options["skip"])
+    n, c, h, w = options["skip"]
+    output = make.image((n, c + shape[1], h, w))  # its values are not read
+    return [make.image(shape, options.get("sliced", False)), skip, output, options["mode"]]
+
+
 MAKERS: dict[str, Callable[[_Maker, Shape, dict[str, Any]], list[Any]]] = {
     "bn_act": _bn_act,
     "bn_act_conv": _bn_act_conv,
@@ -173,7 +190,9 @@ MAKERS: dict[str, Callable[[_Maker, Shape, dict[str, Any]], list[Any]]] = {
     "conv_bias_act": _conv_bias_act,
     "conv_bn_act": _conv_bn_act,
     "conv_transpose2d": _conv_transpose2d,
+    "update_running_stats": _update_running_stats,
     "upsample": _upsample,
+    "upsample_concat": _upsample_concat,
 }
 
 
@@ -259,7 +278,23 @@ def _cases() -> list[Case]:
     return [Case(*line) for line in table]
 
 
+def _mutating_cases() -> list[Case]:
+    odd, even = (2, 5, 7, 9), {"skip": (2, 3, 14, 18)}
+    table: list[tuple[str, str, Shape, dict[str, Any]]] = [
+        ("update_running_stats", "moving-average", odd, {}),
+        ("update_running_stats", "cumulative-average", odd, {"momentum": None}),
+        ("update_running_stats", "no-counter-wide", (2, 70, 3, 3), {"counter": False}),
+        ("update_running_stats", "one-value-no-bias", (1, 6, 1, 1), {"bias": False}),
+        ("upsample_concat", "nearest-odd", odd, {"skip": (2, 3, 15, 19), "mode": "nearest"}),
+        ("upsample_concat", "bilinear", odd, {**even, "mode": "bilinear", "sliced": True}),
+        ("upsample_concat", "aligned", odd, {**even, "mode": "bilinear_align_corners"}),
+    ]
+    return [Case(*line) for line in table]
+
+
 CASES = _cases()
+# Of the operators that write into an argument and have no derivative.
+MUTATING_CASES = _mutating_cases()
 
 
 def make_inputs(
@@ -274,7 +309,7 @@ def make_inputs(
     """Return the operator's arguments without `backend`.
 
     Args:
-        case: a line of :data:`CASES`.
+        case: a line of :data:`CASES` or :data:`MUTATING_CASES`.
         dtype: of the images and weights; statistics and affine vectors are float32, or float64.
         layout: of the images and weights.
         seed: of the random values.

@@ -12,14 +12,15 @@ __global__ void __launch_bounds__(kThreads) running_stats_kernel(const RunningSt
   if (args.count == 0) return;
   const double factor =
       args.momentum < 0.0 ? 1.0 / static_cast<double>(batches) : args.momentum;
-  const double unbias = static_cast<double>(args.count) / static_cast<double>(args.count - 1);
+  const double correction = unbias(args.count);
   for (int64_t c = threadIdx.x; c < args.channels; c += kThreads) {
     const double mean = read(args.mean, c) + read(args.bias, c, 0.0);
     const double var = read(args.var, c);
     write(
         args.running_mean, c, (1.0 - factor) * read(args.running_mean, c) + factor * mean);
     write(
-        args.running_var, c, (1.0 - factor) * read(args.running_var, c) + factor * var * unbias);
+        args.running_var, c,
+        (1.0 - factor) * read(args.running_var, c) + factor * var * correction);
   }
 }
 

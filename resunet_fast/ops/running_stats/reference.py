@@ -4,7 +4,8 @@
     running_mean = (1 - f) * running_mean + f * (mean + conv_bias)
     running_var  = (1 - f) * running_var  + f * var * P / (P - 1)          P = count
 
-Nothing but t changes when count is 0. Source: torch.nn.BatchNorm2d.
+Nothing but t changes when count is 0; where it is 1, P / (P - 1) is
+taken as 1. Source: torch.nn.BatchNorm2d.
 """
 
 from __future__ import annotations
