@@ -6,7 +6,7 @@ VENV ?= .venv
 # The CPU build of torch; override with TORCH=torch (or an index of your choice) for a GPU.
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
-SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*') setup.py pyproject.toml
 # pytest workers: one per core, at most four (memory).
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() or 1))")
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -47,9 +47,13 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[demo,export,hub,test,dev]"
 	touch $@
 
-# The peers' packages, for those who compare.
+# The peers' packages, for those who compare: what the installed metadata ask for, because installing
+# the package once more would compile all of it once more.
+EXTRA = from importlib.metadata import requires; \
+	print(*(r.split(";")[0] for r in requires("resunet_fast") if r.endswith("bench\"")), sep="\n")
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -c '$(EXTRA)' > $(VENV)/bench.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/bench.txt
 	touch $@
 
 clean:

@@ -143,15 +143,16 @@ def operator_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def network_table(section: dict[str, Any]) -> str:
-    cells = [["  variant", "time", "keeps", "of the roofline", "first call"]]
+    cells = [["  variant", "time", "keeps", "of the roofline", "to build", "first call"]]
     notes = []
     for name, row in section["variants"].items():
         if row["wrong"]:
             notes.append(f"  WRONG, not timed: {name}: errors {row['error']}")
             continue
-        first = f"{row['first_call_seconds']:.1f} s"
+        seconds = [f"{row[key]:.2f} s" for key in ("build_seconds", "first_call_seconds")]
         kept = table.mebibytes(row["kept_for_backward_bytes"])
-        cells.append([f"  {name}", table.milliseconds(row["ms"]), kept, table.roofline(row), first])
+        time = table.milliseconds(row["ms"])
+        cells.append([f"  {name}", time, kept, table.roofline(row), *seconds])
         if row["note"]:
             notes.append(f"  {name}: {row['note']}")
     notes += [f"  missing: {name}: {why}" for name, why in section["missing"].items()]
