@@ -56,7 +56,8 @@ def network_tables(results: Results, phase: str, ours: str = "") -> str:
         for section in sections.values():
             row += _cells(section["variants"].get(name), keeps)
         rows.append(row)
-    return "\n\n".join([markdown(rows), ratio_table(sections, ours), _notes(sections)]).strip()
+    parts = [markdown(rows), ratio_table(sections, ours), _notes(sections)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _cells(row: Results | None, keeps: bool) -> list[str]:
@@ -81,7 +82,7 @@ def ratio_table(sections: dict[str, Results], only: str = "") -> str:
     for ours, peer in pairs:
         found = [section["ratios"].get(ours, {}).get(peer) for section in sections.values()]
         rows.append([f"{ours} / {peer}", *("" if r is None else times(r) for r in found)])
-    return markdown(rows)
+    return markdown(rows) if pairs else ""
 
 
 def _notes(sections: dict[str, Results]) -> str:

@@ -91,6 +91,21 @@ def test_every_variant_of_the_cpu_agrees_with_float64_and_stands_on_the_roofline
     assert "eager NCHW" in section["ratios"]["fast NCHW"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_networks_take_part_in_inference(precision: str) -> None:
+    setting = Setting(INFERENCE, precision, 1, 32, 4)
+    names = [variant.name for variant in networks.choose(setting).variants]
+    assert "freeze" in names
+    assert "freeze" not in [v.name for v in networks.choose(SMALL).variants]
+    variants = [v for v in networks.VARIANTS if v.name in ("eager channels_last", "freeze")]
+    section = network_run.measure(setting, CEILINGS, budget=0, rounds=1, variants=variants)
+    row = section["variants"]["freeze"]
+    assert row["wrong"] is False
+    assert row["note"].startswith("rf.freeze took")
+    assert row["first_call_seconds"] > 0
+    assert "freeze over eager channels_last" in run.network_table(section)
+
+
 def test_a_missing_peer_and_one_that_fails_are_announced_by_name() -> None:
     def fails(_: Setting) -> Network:
         raise RuntimeError("no such operator\nmore")
