@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import network_run, networks, operators, run, test_operators
+from bench.command import main
 from bench.networks import INFERENCE, NHWC, TRAINING, Network, Setting, Variant
 from bench.roofline import Ceilings
 from bench.timing import Timing, fitting_rounds, interleaved, ratio, rotating
@@ -136,6 +139,28 @@ def test_foreign_runtimes_take_part_and_say_their_precision(precision: str) -> N
         row = section["variants"][peer.name]
         assert not row["wrong"], row
         assert "float32" in row["note"] or "computes in" in row["note"]
+
+
+def test_the_command_writes_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        run, "SIZES", {("cpu", phase): (1, 32, 4) for phase in (TRAINING, INFERENCE)}
+    )
+    known = dict.fromkeys(run.PRECISIONS, CEILINGS)
+    monkeypatch.setattr(run, "measured_ceilings", lambda device: known)
+    out = tmp_path / "deep" / "cpu.json"
+    some = ["--only", "training", "inference", "--precisions", "bf16", "--rounds", "1"]
+    threads = ["--threads", str(torch.get_num_threads()), "--device", "cpu"]
+    assert main(["run", *some, *threads, "--no-compile", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert set(results["seconds"]) == {"training", "inference", "classes_ms"}
+    assert results["import_seconds"]["resunet_fast"] > 0
+    assert results["inference"]["bf16"]["variants"]["freeze"]["ms"]["samples"] == 1
+    assert "convolution" in results["classes_ms"]["fast channels_last"]
+    printed = capsys.readouterr().out
+    assert "freeze over eager channels_last" in printed
+    assert "import beyond torch" in printed
 
 
 def test_operator_rows_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
