@@ -47,9 +47,13 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[demo,export,hub,test,dev]"
 	touch $@
 
-# The peers' packages, for those who compare.
+# The peers' packages, for those who compare: what the installed metadata ask for, because installing
+# the package once more would compile all of it once more.
+EXTRA = from importlib.metadata import requires; \
+	print(*(r.split(";")[0] for r in requires("resunet_fast") if r.endswith("bench\"")), sep="\n")
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -c '$(EXTRA)' > $(VENV)/bench.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/bench.txt
 	touch $@
 
 clean:

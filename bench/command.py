@@ -1,4 +1,4 @@
-"""`python -m bench`: run, tune, report, compare, gpu."""
+"""`python -m bench`: run, report, compare, launch, gpu, tune."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "run": ("bench.run", "measure this machine: operators, training step, inference"),
     "report": ("bench.report", "write README's table and docs/performance.md from the results"),
     "compare": ("bench.compare", "compare two results files; exit 1 if something got slower"),
+    "launch": ("bench.launch", "microseconds of the CPU per call, before a kernel does any work"),
     "gpu": ("bench.gpu.runner", "one part of the measurements on an NVIDIA GPU"),
     "tune": ("bench.tune", "write the tuning table from the measured convolutions"),
 }

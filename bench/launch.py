@@ -1,4 +1,4 @@
-"""`python -m bench.launch`: microseconds of the CPU per call, on tensors too small to compute on.
+"""`python -m bench launch`: microseconds of the CPU per call, on tensors too small to compute on.
 
 What a call costs before a kernel does any work: the public operator against the operations of eager
 PyTorch that it stands for, with and without autograd, on the CPU with one thread and on a GPU if
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ def microseconds(call: Callable[[], object], rounds: int) -> Timing:
     return Timing.of(samples)
 
 
+def _both_ways(forward: Callable[[], Tensor], seed: Tensor) -> None:
+    forward().backward(seed)
+
+
 def measure(device: str, rounds: int) -> list[dict[str, Any]]:
     """One row per variant and mode."""
     rows = []
@@ -79,7 +84,7 @@ def measure(device: str, rounds: int) -> list[dict[str, Any]]:
             modes: dict[str, Callable[[], object]] = {
                 "no grad": torch.no_grad()(forward),
                 "grad": forward,
-                "forward and backward": lambda f=forward, s=seed: f().backward(s),
+                "forward and backward": partial(_both_ways, forward, seed),
             }
             for mode, call in modes.items():
                 row = {"device": device, "operator": operator, "backend": backend, "mode": mode}
@@ -87,12 +92,13 @@ def measure(device: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; `--json FILE` writes it with the machine."""
-    parser = argparse.ArgumentParser(prog="python -m bench.launch", description=__doc__)
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=11, help="samples per row")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    options = parser.parse_args(argv)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the table; `--json FILE` writes it with the machine."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     torch.set_num_threads(1)
     rows = [row for device in devices for row in measure(device, options.rounds)]
@@ -105,7 +111,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = {"machine": environment.machine(), "unit": "microseconds", "rows": rows}
         options.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

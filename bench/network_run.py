@@ -39,10 +39,12 @@ class Session:
         start = time.perf_counter()
         self.setting, self.variant = setting, variant
         self.network: Network = variant.build(setting)
+        self.build_seconds = time.perf_counter() - start
         image = random(1, setting, 3)
         dtype = torch.bfloat16 if setting.cast else torch.float32
         self.image = image.to(dtype).contiguous(memory_format=variant.layout)
         self.target = random(2, setting, 2)
+        start = time.perf_counter()
         self.results = self._results()
         self.first_call_seconds = time.perf_counter() - start
         self.call: Callable[[], object] = self.once
@@ -133,6 +135,7 @@ def describe(session: Session, exact: dict[str, Tensor]) -> dict[str, Any]:
         "ours": variant.ours,
         "note": network.note,
         "error": errors(session.results, exact),
+        "build_seconds": session.build_seconds,
         "first_call_seconds": session.first_call_seconds,
         "kept_for_backward_bytes": None,
         "wrong": False,

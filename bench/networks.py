@@ -5,6 +5,7 @@ A new way to run it is one builder and one line of :data:`VARIANTS`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -165,6 +166,14 @@ def fast(layout: torch.memory_format, **options: bool) -> Callable[[Setting], Ne
     return build
 
 
+def frozen(setting: Setting) -> Network:
+    """The immutable copy for inference, alone in memory: its model is gone."""
+    model = prepared(rf.ResUNet(3, 2, base_width=setting.width), setting, NHWC)
+    start = time.perf_counter()
+    copy = rf.freeze(model, torch.bfloat16 if setting.precision == "bf16" else None)
+    return Network(copy, None, f"rf.freeze took {time.perf_counter() - start:.2f} s")
+
+
 def foreign(runtime: Callable[..., peers.Foreign]) -> Callable[[Setting], Network]:
     """The plain model exported to another runtime."""
 
@@ -209,6 +218,9 @@ VARIANTS = (
         "fast channels_last, recompute", fast(NHWC, recompute=True), ours=True, phases=(TRAINING,)
     ),
     Variant("fast channels_last, CUDA graph", fast(NHWC), ours=True, graph=True, **_GPU),
+    # On a GPU it replays a graph of its own, between copies of image and logits.
+    Variant("freeze", frozen, ours=True, phases=(INFERENCE,)),
+    Variant("freeze, CUDA graph", frozen, ours=True, phases=(INFERENCE,), graph=True, **_GPU),
 )
 
 

@@ -20,6 +20,8 @@ from .networks import INFERENCE, TRAINING
 from .table import mebibytes, milliseconds, roofline, times
 
 Results = dict[str, Any]
+# The variant whose ratios README shows; docs/performance.md shows all.
+HEADLINES = {TRAINING: "fast channels_last", INFERENCE: "freeze"}
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -33,8 +35,13 @@ def provenance(results: Results, path: Path) -> str:
     return f"{sentence(results)}; {made}; `{path.as_posix()}`, made by `make bench`."
 
 
-def network_tables(results: Results, phase: str) -> str:
-    """One table of all variants in both precisions, one of ours against the peers."""
+def network_tables(results: Results, phase: str, ours: str = "") -> str:
+    """One table of all variants in both precisions, one of ours against the peers.
+
+    Args:
+        results, phase: what is shown.
+        ours: the one variant of ours whose ratios are shown; empty: all.
+    """
     sections: dict[str, Results] = results[phase]
     names = list(dict.fromkeys(n for s in sections.values() for n in s["variants"]))
     keeps = phase == TRAINING
@@ -49,7 +56,8 @@ def network_tables(results: Results, phase: str) -> str:
         for section in sections.values():
             row += _cells(section["variants"].get(name), keeps)
         rows.append(row)
-    return "\n\n".join([markdown(rows), ratio_table(sections), _notes(sections)]).strip()
+    parts = [markdown(rows), ratio_table(sections, ours), _notes(sections)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _cells(row: Results | None, keeps: bool) -> list[str]:
@@ -61,16 +69,20 @@ def _cells(row: Results | None, keeps: bool) -> list[str]:
     return [milliseconds(row["ms"]), roofline(row), *kept]
 
 
-def ratio_table(sections: dict[str, Results]) -> str:
-    """Ours against each peer, round by round."""
+def ratio_table(sections: dict[str, Results], only: str = "") -> str:
+    """Ours, or one of them, against each peer, round by round."""
     pairs = dict.fromkeys(
-        (ours, peer) for s in sections.values() for ours, rs in s["ratios"].items() for peer in rs
+        (ours, peer)
+        for section in sections.values()
+        for ours, ratios in section["ratios"].items()
+        for peer in ratios
+        if only in ("", ours)
     )
     rows = [["ratio, round by round", *sections]]
     for ours, peer in pairs:
         found = [section["ratios"].get(ours, {}).get(peer) for section in sections.values()]
         rows.append([f"{ours} / {peer}", *("" if r is None else times(r) for r in found)])
-    return markdown(rows)
+    return markdown(rows) if pairs else ""
 
 
 def _notes(sections: dict[str, Results]) -> str:
@@ -78,6 +90,8 @@ def _notes(sections: dict[str, Results]) -> str:
     for precision, section in sections.items():
         rows = section["variants"].items()
         lines += [f"{name} ({precision}): {row['note']}." for name, row in rows if row["note"]]
+        first = [f"{name} {row['first_call_seconds']:.2f} s" for name, row in rows]
+        lines.append(f"First call ({precision}): {', '.join(first)}.")
         missing = section["missing"].items()
         lines += [f"Missing: {name} ({precision}): {why}." for name, why in missing]
     return "\n".join(f"- {line}" for line in lines)
@@ -102,8 +116,10 @@ def ceilings_line(results: Results) -> str:
 
 def speed(results: Results, path: Path, gpu: Path) -> str:
     """README's block: training and inference, with what was measured where."""
-    tables = [network_tables(results, phase) for phase in (TRAINING, INFERENCE) if phase in results]
-    return "\n\n".join([*tables, provenance(results, path), *gpu_report.networks(gpu)])
+    tables = [network_tables(results, p, HEADLINES[p]) for p in HEADLINES if p in results]
+    return "\n\n".join(
+        [*tables, imports(results), provenance(results, path), *gpu_report.networks(gpu)]
+    )
 
 
 def details(results: Results, path: Path, docs: Path) -> str:
@@ -116,9 +132,12 @@ def details(results: Results, path: Path, docs: Path) -> str:
         parts.append(gpu_report.class_table(results["classes_ms"]))
     found = plots.draw_cpu(results, docs)
     parts += [f"![{title}]({name})" for name, title in found.items()]
+    return "\n\n".join([*parts, imports(results), provenance(results, path)])
+
+
+def imports(results: Results) -> str:
     beyond = results["import_seconds"]["resunet_fast"]
-    parts.append(f"`import resunet_fast` takes {beyond:.2f} s beyond torch's own.")
-    return "\n\n".join([*parts, provenance(results, path)])
+    return f"`import resunet_fast` takes {beyond:.2f} s beyond torch's own."
 
 
 def replace_block(path: Path, name: str, content: str) -> None:

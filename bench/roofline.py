@@ -210,6 +210,17 @@ def _upsample(call: Call) -> Work:
     return Work(0, size(call.input, *call.results))
 
 
+def _update_running_stats(call: Call) -> Work:
+    # What is updated is read and written.
+    return Work(
+        0, call.operands + size(call.running_mean, call.running_var, call.num_batches_tracked)
+    )
+
+
+def _upsample_concat(call: Call) -> Work:
+    return Work(0, call.operands)  # the result is an argument
+
+
 FORWARD: dict[str, Callable[[Call], Work]] = {
     "bn_act": _bn_act,
     "bn_act_conv": _bn_act_conv,
@@ -217,7 +228,9 @@ FORWARD: dict[str, Callable[[Call], Work]] = {
     "conv_bias_act": _conv2d,
     "conv_bn_act": _conv_bn_act,
     "conv_transpose2d": _conv_transpose2d,
+    "update_running_stats": _update_running_stats,
     "upsample": _upsample,
+    "upsample_concat": _upsample_concat,
 }
 BACKWARD: dict[str, Callable[[Call], Work]] = {
     "bn_act": _bn_act_backward,

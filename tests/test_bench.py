@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import network_run, networks, operators, run, test_operators
+from bench.command import main
 from bench.networks import INFERENCE, NHWC, TRAINING, Network, Setting, Variant
 from bench.roofline import Ceilings
 from bench.timing import Timing, fitting_rounds, interleaved, ratio, rotating
@@ -91,6 +94,21 @@ def test_every_variant_of_the_cpu_agrees_with_float64_and_stands_on_the_roofline
     assert "eager NCHW" in section["ratios"]["fast NCHW"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_networks_take_part_in_inference(precision: str) -> None:
+    setting = Setting(INFERENCE, precision, 1, 32, 4)
+    names = [variant.name for variant in networks.choose(setting).variants]
+    assert "freeze" in names
+    assert "freeze" not in [v.name for v in networks.choose(SMALL).variants]
+    variants = [v for v in networks.VARIANTS if v.name in ("eager channels_last", "freeze")]
+    section = network_run.measure(setting, CEILINGS, budget=0, rounds=1, variants=variants)
+    row = section["variants"]["freeze"]
+    assert row["wrong"] is False
+    assert row["note"].startswith("rf.freeze took")
+    assert row["first_call_seconds"] > 0
+    assert "freeze over eager channels_last" in run.network_table(section)
+
+
 def test_a_missing_peer_and_one_that_fails_are_announced_by_name() -> None:
     def fails(_: Setting) -> Network:
         raise RuntimeError("no such operator\nmore")
@@ -121,6 +139,28 @@ def test_foreign_runtimes_take_part_and_say_their_precision(precision: str) -> N
         row = section["variants"][peer.name]
         assert not row["wrong"], row
         assert "float32" in row["note"] or "computes in" in row["note"]
+
+
+def test_the_command_writes_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        run, "SIZES", {("cpu", phase): (1, 32, 4) for phase in (TRAINING, INFERENCE)}
+    )
+    known = dict.fromkeys(run.PRECISIONS, CEILINGS)
+    monkeypatch.setattr(run, "measured_ceilings", lambda device: known)
+    out = tmp_path / "deep" / "cpu.json"
+    some = ["--only", "training", "inference", "--precisions", "bf16", "--rounds", "1"]
+    threads = ["--threads", str(torch.get_num_threads()), "--device", "cpu"]
+    assert main(["run", *some, *threads, "--no-compile", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert set(results["seconds"]) == {"training", "inference", "classes_ms"}
+    assert results["import_seconds"]["resunet_fast"] > 0
+    assert results["inference"]["bf16"]["variants"]["freeze"]["ms"]["samples"] == 1
+    assert "convolution" in results["classes_ms"]["fast channels_last"]
+    printed = capsys.readouterr().out
+    assert "freeze over eager channels_last" in printed
+    assert "import beyond torch" in printed
 
 
 def test_operator_rows_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

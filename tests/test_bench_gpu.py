@@ -17,6 +17,7 @@ from bench.gpu import convolutions, runner, sanitize, tiles
 from bench.gpu.child import attempt
 from bench.gpu.job import Job
 from resunet_fast import tuning
+from resunet_fast.testing.checks import seeds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,6 +146,16 @@ def test_tiles_are_tried_in_place_of_the_committed_table(monkeypatch: pytest.Mon
     assert tuning.load("sm_90") is committed
     assert tiles.alternatives(64, 8, "wgrad") == ()
     assert all(config.family == "pointer" for config in tiles.alternatives(64, 3, "fprop"))
+
+
+def test_questions_draw_the_same_numbers_whatever_the_default_device() -> None:
+    outputs = (torch.zeros(2, 3, requires_grad=True),)
+    (expected,) = seeds_of(outputs)
+    with torch.device("meta"):
+        (found,) = seeds_of(outputs)
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found, expected)
 
 
 def dry(name: str, out: Path) -> dict[str, str]:

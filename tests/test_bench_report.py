@@ -30,6 +30,7 @@ def row(median: float, *, ours: bool = False, kept: int | None = None, **more: A
         "ours": ours,
         "note": "",
         "error": {"logits": 1e-6},
+        "build_seconds": 0.1,
         "first_call_seconds": 0.5,
         "kept_for_backward_bytes": kept,
         "wrong": False,
@@ -48,6 +49,9 @@ def section(phase: str, precision: str) -> dict[str, Any]:
     wrong.update(wrong=True)
     del wrong["ms"]
     kept = 200 << 20 if phase == "training" else None
+    ratios = {"fast channels_last": {"eager channels_last": timing(1.23)}}
+    if phase == "inference":
+        ratios["freeze"] = {"eager channels_last": timing(2.34)}
     return {
         "setting": {**setting, "device": "cpu"},
         "variants": {
@@ -56,7 +60,7 @@ def section(phase: str, precision: str) -> dict[str, Any]:
             "fast channels_last": row(1000.0, ours=True, kept=kept),
             "broken": wrong,
         },
-        "ratios": {"fast channels_last": {"eager channels_last": timing(1.23)}},
+        "ratios": ratios,
         "missing": {"ONNX Runtime": "onnxruntime not installed"},
     }
 
@@ -183,13 +187,18 @@ def test_report_renders_tables_and_plots_with_their_provenance(
     row_ = "| fast channels_last | 1,000 ms [980, 1,020] | 51% (arithmetic) | 200 MiB |"
     assert row_ in readme
     assert "| broken | WRONG, not timed |" in readme
-    assert "1.23x [1.21, 1.25]" in readme
+    ratio = "| fast channels_last / eager channels_last | 1.23x [1.21, 1.25] | 1.23x [1.21, 1.25] |"
+    assert readme.count(ratio) == 1  # of training; docs/performance.md has that of inference too
+    assert "| freeze / eager channels_last | 2.34x [2.29, 2.39] |" in readme
+    assert "- First call (fp32): eager channels_last 0.50 s, OpenVINO 0.50 s" in readme
+    assert "takes 0.04 s beyond torch's own" in readme
     assert "OpenVINO (fp32): computes in bf16; left to itself it would in bf16." in readme
     assert "Missing: ONNX Runtime (bf16): onnxruntime not installed." in readme
     assert "NVIDIA" not in readme
     assert "Some CPU (avx2; no AMX), 2 threads, Python 3.12.3, torch 2.13.0, 2026-11-25" in readme
     assert "commit 0123456789ab" in readme
     docs = (tmp_path / "performance.md").read_text()
+    assert docs.count(ratio) == 2
     assert "copy 20.0 GB/s, matrix product 250 GFLOP/s" in docs
     assert "Not yet run on a GPU. `make gpu PART=check`" in docs
     assert "| convolution | 9.00 | 8.00 |" in docs

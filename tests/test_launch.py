@@ -12,6 +12,7 @@ from twins import BACKENDS
 
 import resunet_fast as rf
 from bench import launch
+from bench.command import main
 from resunet_fast.functional import Norm
 from resunet_fast.ops.upsample_concat.op import UPSAMPLE_CONCAT
 from resunet_fast.registry import _plain
@@ -79,7 +80,7 @@ def test_the_benchmark_writes_its_rows(
     monkeypatch.setattr(launch, "CALLS", 2)
     before = torch.get_num_threads()
     try:
-        assert launch.main(["--rounds", "2", "--json", str(tmp_path / "rows.json")]) == 0
+        assert main(["launch", "--rounds", "2", "--json", str(tmp_path / "rows.json")]) == 0
     finally:
         torch.set_num_threads(before)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

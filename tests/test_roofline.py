@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import ceilings, predictions
 from bench.layers import MODES, layers, network_share, network_work, predict, total, traffic
-from bench.roofline import Ceilings, Work, floor, operator_work, share
+from bench.roofline import BACKWARD, FORWARD, Ceilings, Work, floor, operator_work, share
 from resunet_fast import reference
 from resunet_fast.registry import OPERATORS
 from resunet_fast.testing import CASES, Case, make_inputs
@@ -132,6 +132,23 @@ def test_bytes_of_upsampling_and_of_a_convolution_are_operands_and_result() -> N
     x, y, w = 2 * 3 * 4 * 5 * 4, 2 * 7 * 4 * 5 * 4, 7 * 3 * 9 * 4
     assert operator_work("conv2d", inputs, "forward").nbytes == x + y + w
     assert operator_work("conv2d", inputs, "backward").nbytes == 2 * x + y + 2 * w
+
+
+def test_bytes_of_what_writes_into_its_arguments() -> None:
+    x, skip = torch.zeros(2, 3, 4, 5), torch.zeros(2, 7, 8, 10)
+    inputs = [x, skip, torch.zeros(2, 10, 8, 10), "bilinear"]
+    moved = 4 * 2 * (3 * 20 + 7 * 80 + 10 * 80)
+    assert operator_work("upsample_concat", inputs, "forward") == Work(0, moved)
+    stats = [torch.zeros(3) for _ in range(5)]
+    inputs = [*stats[:2], torch.tensor(0), *stats[2:], 40, 0.1]
+    moved = 4 * 3 * 5 + 8 + 4 * 3 * 2 + 8  # all read, two statistics and the counter written
+    assert operator_work("update_running_stats", inputs, "forward") == Work(0, moved)
+
+
+def test_every_operator_has_its_formulas() -> None:
+    backward = {name.removesuffix("_backward") for name in OPERATORS if name.endswith("_backward")}
+    assert set(FORWARD) == {name for name in OPERATORS if not name.endswith("_backward")}
+    assert backward <= set(BACKWARD) < set(FORWARD)
 
 
 class Tally(TorchDispatchMode):

@@ -156,6 +156,20 @@ def test_the_fastest_measured_is_chosen(hopper: None, folder: Path) -> None:
     assert cudnn.declines(*convolution()) == []
 
 
+def test_the_fused_convolution_gives_way_where_tritons_was_faster(
+    hopper: None, folder: Path
+) -> None:
+    implementations = OPERATORS["conv_bias_act"].implementations
+    x, _, weight, bias, *geometry, _ = convolution()
+    arguments = (x, weight, bias, None, True, *geometry)
+    assert implementations["cudnn"].declines(*arguments) == []
+    write(folder, {**LINE, "operator": "conv_bias_act"})
+    assert implementations["triton"].declines(*arguments) == []
+    assert implementations["cudnn"].declines(*arguments) == [
+        "Triton's convolution was measured to be faster here"
+    ]
+
+
 def test_backward_is_measured_as_the_data_gradient(hopper: None, folder: Path) -> None:
     x, _, _, *geometry = convolution()
     weight = torch.zeros(32, 64, 3, 3, dtype=x.dtype)

@@ -260,7 +260,8 @@ def seeds_of(outputs: Outputs) -> list[Tensor | None]:
     """Draw the gradients that backward starts from, one per output that has a derivative."""
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.randn(o.shape, generator=generator).to(o.dtype)
+        # The same draw on every device.
+        torch.randn(o.shape, generator=generator, device="cpu").to(o)
         if o is not None and o.requires_grad and i < 2
         else None
         for i, o in enumerate(outputs)

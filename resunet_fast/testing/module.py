@@ -147,7 +147,9 @@ def _step(module: nn.Module, input: Tensor) -> _Step:
     leaf = input.detach().clone().requires_grad_()
     output: Tensor = module(leaf)
     generator = torch.Generator().manual_seed(1)
-    seed = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+    seed = torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        output
+    )
     named = dict(module.named_parameters())
     tensors = {"input": leaf, **{f"parameter {name}": p for name, p in named.items()}}
     grads = torch.autograd.grad(output, list(tensors.values()), seed, allow_unused=True)

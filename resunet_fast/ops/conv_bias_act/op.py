@@ -55,7 +55,7 @@ CONV_BIAS_ACT.add(
         deferred("resunet_fast.ops.conv_bias_act.triton_kernel", "forward"),
         *gpu.triton(gpu.conv_bias_act),
     ),
-    Implementation("cudnn", cudnn.forward, cudnn.refusals),
+    Implementation("cudnn", cudnn.forward, cudnn.refusals, gpu.cudnn(gpu.conv_bias_act).declines),
     Implementation("cpu", cpu.forward, cpu.refusals),
     Implementation("reference", reference.forward),
 )
