@@ -39,7 +39,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
 FLAGS += ["-ffp-contract=off", "-fno-trapping-math"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-X86_FLAGS = {"kernels_avx2": ["-mavx2"], "kernels_avx512": AVX512}
+X86_FLAGS = {"kernels_avx2": ["-mavx2", "-mfma"], "kernels_avx512": AVX512}
 
 # A100, H100 and H200, B200; newer GPUs compile the PTX of the last one when they load it.
 CUDA_ARCHITECTURES = ["80", "90", "100"]

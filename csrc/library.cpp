@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(resunet_fast_native, m) {
   m.def("upsample_backward(Tensor grad_output, int mode, Tensor(a!) grad_input, Tensor(b!)? grad_skip) -> ()");
   m.def("update_running_stats(Tensor mean, Tensor var, Tensor? bias, int count, float momentum, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked) -> ()");
   m.def("cast(Tensor input, Tensor(a!) output) -> ()");
+  m.def("winograd_pack(Tensor weight, bool rotated, Tensor(a!) packed) -> bool");
+  m.def("winograd_conv2d(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, bool relu, Tensor(a!) output) -> ()");
+  m.def("has_winograd() -> bool");
 }
 // clang-format on
 

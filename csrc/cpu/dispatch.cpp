@@ -21,7 +21,8 @@ std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> tables = {&kernels_default()};
 #ifdef RF_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) tables.push_back(&kernels_avx2());
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2) tables.push_back(&kernels_avx2());
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512) tables.push_back(&kernels_avx512());
@@ -52,7 +53,8 @@ struct Call {
 void run_range(int64_t begin, int64_t end, void* context) {
   const Call& call = *static_cast<const Call*>(context);
   // 64 bytes: a cache line, and the widest register.
-  const auto scratch = std::make_unique<char[]>(call.scratch_bytes + 64);
+  // Uninitialised: make_unique would clear megabytes.
+  const std::unique_ptr<char[]> scratch(new char[call.scratch_bytes + 64]);
   void* aligned = scratch.get();
   size_t space = call.scratch_bytes + 64;
   std::align(64, call.scratch_bytes, aligned, space);

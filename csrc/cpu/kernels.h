@@ -166,6 +166,29 @@ struct CastArgs {
   void* output;
 };
 
+// All float32; weight: [k][3][3][c], c and k multiples of 16. `packed` has 16 * c * k elements, laid
+// out for the convolution, or `rotated` for its gradient with respect to the input. special[k / 16]:
+// whether 16 output channels have a weight that is not finite.
+struct WinogradPackArgs {
+  int64_t k, c;
+  bool rotated;
+  const float* weight;
+  float* packed;
+  char* special;
+};
+
+// channels_last; bias and residual may be null.
+struct WinogradArgs {
+  int64_t n, c, h, w, k;
+  bool relu;
+  const float* input;
+  const float* packed;
+  const float* bias;
+  const float* residual;
+  float* output;
+};
+
+// The last two are null in a compilation without fused multiply-add.
 struct Kernels {
   const char* name;
   void (*stats[kDTypes])(const StatsArgs&);
@@ -176,6 +199,8 @@ struct Kernels {
   void (*resize[kDTypes])(const ResizeArgs&);
   void (*resize_grad[kDTypes])(const ResizeGradArgs&);
   void (*cast[kDTypes][kDTypes])(const CastArgs&);
+  void (*winograd_pack)(const WinogradPackArgs&);
+  void (*winograd)(const WinogradArgs&);
 };
 
 // The table for this CPU; raises when RESUNET_FAST_ISA names what cannot run.

@@ -1,7 +1,8 @@
 """The layers of a frozen network: a convolution with what follows it folded in, and what is left.
 
 Each keeps its tensors dense, in the frozen dtype, for saving, tracing and other backends; the
-convolution keeps its weight as oneDNN wants it beside that, where oneDNN takes it.
+convolution keeps its weight as Winograd's method or else oneDNN wants it beside that, where one of
+them takes it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..arguments import Conv, Norm
 from ..ops.bn_act.op import BN_ACT
+from ..ops.conv2d import winograd
 from ..ops.conv_bias_act import cpu as onednn
 from ..ops.conv_bias_act.op import CONV_BIAS_ACT
 from ..ops.layout import accumulator
@@ -86,11 +88,16 @@ class FrozenConv(Layer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map [N, C, H, W] to [N, K, H', W']; the residual has the result's shape."""
+        backend = forced_backend()
         weight = self._packed.tensor
         if weight is None or symbolic(x) or HOLDS_NAN.get():
             weight = self._weight
+        elif not weight.is_mkldnn:
+            if backend in ("", "cpu") and winograd.takes_image(x):
+                return winograd.convolve(x, weight, self._bias, residual, relu=self.relu)
+            weight = self._weight
         z: Tensor = CONV_BIAS_ACT(
-            x, weight, self._bias, residual, self.relu, *self.geometry, forced_backend()
+            x, weight, self._bias, residual, self.relu, *self.geometry, backend
         )
         return z
 
@@ -111,7 +118,12 @@ class FrozenConv(Layer):
         return f"{c}, {k}, kernel_size={tuple(kernel)}, relu={self.relu}, of={self.sources}"
 
     def _pack(self) -> None:
-        self.__dict__["_packed"] = _Opaque(onednn.pack(self._weight, *self.geometry))
+        packed = None
+        if winograd.takes_weight(self._weight, *self.geometry):
+            packed = winograd.pack(self._weight)
+        if packed is None:
+            packed = onednn.pack(self._weight, *self.geometry)
+        self.__dict__["_packed"] = _Opaque(packed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}

@@ -7,11 +7,18 @@
 #include "max_pool.h"
 #include "resize.h"
 #include "stats.h"
+#include "winograd.h"
 
 // In the order of DType.
 #define RF_EACH_TYPE(loop) {loop<float>, loop<double>, loop<BFloat16>, loop<Float16>}
 #define RF_CAST_FROM(from) \
   {cast<from, float>, cast<from, double>, cast<from, BFloat16>, cast<from, Float16>}
+
+#ifdef RF_WINOGRAD
+#define RF_WINOGRAD_LOOP(loop) loop
+#else
+#define RF_WINOGRAD_LOOP(loop) nullptr
+#endif
 
 #define RF_DEFINE_KERNELS(isa)                                              \
   namespace rf::cpu {                                                       \
@@ -27,6 +34,8 @@
         RF_EACH_TYPE(resize_grad),                                          \
         {RF_CAST_FROM(float), RF_CAST_FROM(double), RF_CAST_FROM(BFloat16), \
          RF_CAST_FROM(Float16)},                                            \
+        RF_WINOGRAD_LOOP(winograd_pack),                                    \
+        RF_WINOGRAD_LOOP(winograd),                                         \
     };                                                                      \
     return table;                                                           \
   }                                                                         \

@@ -1,5 +1,8 @@
 """Convolution on the CPU: oneDNN's, through ATen, fed and drained by the compiled library.
 
+Float32 3x3 convolutions with stride 1 are our own, see :mod:`.winograd`, and so are the gradients
+with respect to their inputs; those with respect to their weights are oneDNN's.
+
 Two sources become one transient buffer, written in a single sweep and dropped after the
 convolution: two convolutions that accumulate would read and write the result once more and copy two
 slices of the weight.
@@ -16,6 +19,7 @@ from torch import Tensor
 from ... import native
 from ..layout import dense, layout_of
 from ..upsample import compiled as upsample
+from . import winograd
 
 # With more weights than this per position, oneDNN's weight gradient spends its time moving weights,
 # and one matrix product per tap is faster (measured on AVX-512 without AMX, weight gradient alone:
@@ -59,7 +63,12 @@ def forward(
     """Compute as the reference does."""
     x = source(input, skip, upsample_mode)
     shift = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(x, as_dtype(weight, x.dtype), shift, stride, padding, dilation, groups)
+    w = as_dtype(weight, x.dtype)
+    if winograd.takes_weight(w, stride, padding, dilation, groups) and winograd.pays_for_packing(x):
+        packed = winograd.pack(w)
+        if packed is not None:
+            return winograd.convolve(x, packed, shift)
+    return F.conv2d(x, w, shift, stride, padding, dilation, groups)
 
 
 def backward(
@@ -79,6 +88,13 @@ def backward(
     x = source(input, skip, upsample_mode)
     w = as_dtype(weight, x.dtype)
     wants_x = output_mask[0] or output_mask[1]
+    rotated = None
+    if (
+        wants_x
+        and winograd.takes_weight(w, stride, padding, dilation, groups)
+        and winograd.pays_for_packing(x)
+    ):
+        rotated = winograd.pack(w, rotated=True)
     by_taps = output_mask[2] and _prefers_tap_products(x, w, stride, padding, dilation, groups)
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         grad_output,
@@ -91,8 +107,10 @@ def backward(
         False,
         [0, 0],
         groups,
-        [wants_x, output_mask[2] and not by_taps, output_mask[3]],
+        [wants_x and rotated is None, output_mask[2] and not by_taps, output_mask[3]],
     )
+    if rotated is not None:
+        dx = winograd.convolve(grad_output, rotated, None)
     if by_taps:
         dweight = weight_gradient_by_taps(grad_output, x)
     dlow, dskip = dx, None
