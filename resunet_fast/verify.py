@@ -150,17 +150,23 @@ def plan(operator: str | None, backend: str | None, *, quick: bool) -> list[Ques
 
     Args:
         operator, backend: only this one.
-        quick: see :func:`questions`.
+        quick: see :func:`questions`; so are the backends of :func:`shortened` asked anyway.
     """
     here = [name for name, reasons in backends().items() if not reasons]
+    short = shortened(backend)
     return [
         question
         for case, name in product(ALL_CASES, here)
         if name in OPERATORS[case.operator].implementations
         and operator in (None, case.operator)
         and backend in (None, name)
-        for question in questions(case, name, quick=quick)
+        for question in questions(case, name, quick=quick or name in short)
     ]
+
+
+def shortened(backend: str | None) -> list[str]:
+    """Backends that are asked less than all, because here they take minutes, unless named."""
+    return ["triton"] if environment.triton_interpreted() and backend is None else []
 
 
 def summarise(answers: Sequence[Answer]) -> list[Row]:
@@ -187,8 +193,8 @@ def _tally(answers: Sequence[Answer]) -> Tally:
     return Tally(len(answers), refused, wrong)
 
 
-def text(answers: Sequence[Answer]) -> str:
-    """Lay the answers out for reading: a table, then one line per wrong answer."""
+def text(answers: Sequence[Answer], notes: Sequence[str] = ()) -> str:
+    """Lay the answers out for reading: a table, the notes, then one line per wrong answer."""
     lines: list[tuple[str, ...]] = [("operator", "backend", "cases", *KINDS, "worst error")]
     lines += [
         (
@@ -207,7 +213,7 @@ def text(answers: Sequence[Answer]) -> str:
     ]
     wrong = [f"WRONG {line}" for line in map(_complaint, answers) if line]
     verdict = f"{len(wrong)} of {len(answers)} answers are wrong" if wrong else "all right"
-    return "\n".join([*table, "", *_not_asked(), *wrong, verdict])
+    return "\n".join([*table, "", *_not_asked(), *notes, *wrong, verdict])
 
 
 def _complaint(item: Answer) -> str | None:
@@ -221,7 +227,15 @@ def _not_asked() -> list[str]:
     return [f"{name} not asked: {'; '.join(why)}" for name, why in backends().items() if why]
 
 
-def document(answers: Sequence[Answer]) -> dict[str, Any]:
+def _notes(backend: str | None) -> list[str]:
+    return [
+        f"{name} is interpreted: asked in channels_last, float32 and float64 only, untraced;"
+        f" everything with --backend {name}"
+        for name in shortened(backend)
+    ]
+
+
+def document(answers: Sequence[Answer], notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return everything that `verify` prints, ready for JSON."""
     wrong = [line for line in map(_complaint, answers) if line]
     return {
@@ -230,6 +244,7 @@ def document(answers: Sequence[Answer]) -> dict[str, Any]:
         "ok": not wrong,
         "rows": [asdict(row) for row in summarise(answers)],
         "not_asked": {name: why for name, why in backends().items() if why},
+        "notes": list(notes),
         "wrong": wrong,
     }
 
@@ -277,5 +292,6 @@ def main(argv: list[str]) -> int:
         return 2
     progress = tqdm(todo, desc="verify", unit="question", disable=None, leave=False)
     answers = [answer(question) for question in progress]
-    print(json.dumps(document(answers), indent=2) if options.json else text(answers))
+    notes = _notes(options.backend)
+    print(json.dumps(document(answers, notes), indent=2) if options.json else text(answers, notes))
     return int(any(item.problem for item in answers))

@@ -157,6 +157,19 @@ def test_every_case_and_every_implementation_that_runs_here_is_asked() -> None:
     assert kinds == set(verify.KINDS)
 
 
+def test_interpreted_kernels_are_asked_less_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verify.environment, "triton_interpreted", lambda: True)
+    monkeypatch.setattr(verify, "backends", lambda: {"triton": [], "cpu": ["not now"]})
+    short, every = (verify.plan("upsample", name, quick=False) for name in (None, "triton"))
+    assert {q.backend for q in (*short, *every)} == {"triton"}
+    assert {q.detail for q in short if q.kind == "forward"} == {"nhwc float64", "nhwc float32"}
+    assert len({q.detail for q in every if q.kind == "forward"}) == 8
+    assert "everything with --backend triton" in verify.text([], verify._notes(None))
+    assert verify._notes("triton") == []
+
+
 @pytest.mark.slow
 def test_everything_is_right() -> None:
     answers = [verify.answer(q) for q in verify.plan(None, None, quick=False)]
