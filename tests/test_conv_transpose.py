@@ -81,6 +81,14 @@ def test_any_strides(view: str) -> None:
 
 
 @pytest.mark.usefixtures("backend")
+def test_a_bias_with_gaps() -> None:
+    up = transposed_convolution(5, 3)
+    up.bias = nn.Parameter(torch.arange(6, dtype=torch.float64)[::2])
+    x = image(2, 5, 4, 6)
+    same(transposed(x, up), plain(x, up))
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("channels", "out"), [(1, 1), (16, 8), (70, 33), (33, 130)])
 def test_ragged_tiles(channels: int, out: int) -> None:
     """Channels and pixels that fill no tile, and some that take several."""

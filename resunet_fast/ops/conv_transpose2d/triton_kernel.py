@@ -208,10 +208,11 @@ def forward(
     ch, cw = triton.cdiv(oh, 2), triton.cdiv(ow, 2)
     config = configure(n * ch * cw, 4 * k, c)
     grid = (triton.cdiv(n * ch * cw, config.block_p) * triton.cdiv(4 * k, config.block_n),)
+    shift = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         # One program owns one tile of the result in its cells; column tiles vary fastest.
         conv_transpose2d_fwd_kernel[grid](
-            *(x, _matrix(weight, x.dtype), bias, output, n * ch * cw, ch, cw, h, w, oh, ow),
+            *(x, _matrix(weight, x.dtype), shift, output, n * ch * cw, ch, cw, h, w, oh, ow),
             *(*x.stride(), *output.stride(), c, k, bias is not None),
             *(config.block_p, config.block_n, config.block_k, upcast(x), accumulator_type(x)),
             num_warps=config.num_warps,
