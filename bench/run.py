@@ -39,14 +39,14 @@ SIZES: dict[tuple[str, str], tuple[int, int, int]] = {
     ("cuda", TRAINING): (4, 512, 64),
     ("cuda", INFERENCE): (4, 512, 64),
 }
-BUDGET = {("cpu", TRAINING): 36.0, ("cpu", INFERENCE): 15.0}
+BUDGET = {("cpu", TRAINING): 28.0, ("cpu", INFERENCE): 12.0}
 
 
 def measured_ceilings(device: str, small: bool = False) -> dict[str, Ceilings]:
     return {p: ceilings.measure(device, dtype, small=small) for p, dtype in PRECISIONS.items()}
 
 
-def import_seconds(runs: int = 5) -> dict[str, float]:
+def import_seconds(runs: int = 3) -> dict[str, float]:
     """Median seconds for `import torch`, and for the package beyond it."""
     code = (
         "import time; a = time.perf_counter(); import torch; b = time.perf_counter();"

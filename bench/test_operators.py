@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"cpu": (2, 128, 64, (0, 3)), "cuda": (16, 512, 64, (0, 3))}
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16,)}
 # For one row, the overwriting of the caches included.
-SECONDS = 0.4
+SECONDS = 0.2
 
 
 def rows() -> list[Any]:
