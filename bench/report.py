@@ -90,8 +90,9 @@ def _notes(sections: dict[str, Results]) -> str:
     for precision, section in sections.items():
         rows = section["variants"].items()
         lines += [f"{name} ({precision}): {row['note']}." for name, row in rows if row["note"]]
-        first = [f"{name} {row['first_call_seconds']:.2f} s" for name, row in rows]
-        lines.append(f"First call ({precision}): {', '.join(first)}.")
+        if section["setting"]["phase"] == INFERENCE:
+            first = [f"{name} {row['first_call_seconds']:.2f} s" for name, row in rows]
+            lines.append(f"First call ({precision}): {', '.join(first)}.")
         missing = section["missing"].items()
         lines += [f"Missing: {name} ({precision}): {why}." for name, why in missing]
     return "\n".join(f"- {line}" for line in lines)
