@@ -59,7 +59,7 @@ def test_a_graph_captured_in_inference_mode_is_replayed_outside(captured: list[A
     assert torch.equal(seen[-1], torch.full((2,), 3.0))
 
 
-def test_every_forced_backend_has_a_graph_of_its_own() -> None:
+def test_every_choice_of_kernels_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     captures = 0
 
     def capture(run: Callable[[Tensor], Tensor], _: Tensor) -> Callable[[Tensor], Tensor]:
@@ -73,6 +73,12 @@ def test_every_forced_backend_has_a_graph_of_its_own() -> None:
         cache(torch.neg, torch.ones(2))
         cache(torch.neg, torch.ones(2))
     assert captures == 2
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    cache(torch.neg, torch.ones(2))
+    assert captures == 3
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    cache(torch.neg, torch.ones(2))
+    assert captures == 4
 
 
 def test_an_input_on_another_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

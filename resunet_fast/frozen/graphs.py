@@ -58,9 +58,13 @@ class GraphCache:
 
 
 def _key(x: Tensor) -> tuple[object, ...]:
-    # Buffers are shared by the replays of one graph: each stream has its own.
+    # Buffers are shared by the replays of one graph: each stream has its own. A captured graph
+    # keeps the kernels that these switches chose.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    return (tuple(x.shape), x.stride(), x.dtype, x.device, stream, forced_backend())
+    cudnn = torch.backends.cudnn
+    precision = cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    switches = (forced_backend(), precision, cudnn.enabled, cudnn.deterministic)
+    return (tuple(x.shape), x.stride(), x.dtype, x.device, stream, *switches)
 
 
 def cuda_capture(run: Run, example: Tensor) -> Run:
