@@ -73,11 +73,16 @@ def test_every_choice_of_kernels_has_a_graph_of_its_own(monkeypatch: pytest.Monk
         cache(torch.neg, torch.ones(2))
         cache(torch.neg, torch.ones(2))
     assert captures == 2
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    cache(torch.neg, torch.ones(2))
-    assert captures == 3
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     cache(torch.neg, torch.ones(2))
+    assert captures == 3
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        cache(torch.neg, torch.ones(2))
+    finally:
+        conv.fp32_precision = before
     assert captures == 4
 
 
