@@ -12,8 +12,8 @@ from networks import one_thread as one_thread
 from torch import Tensor
 
 import resunet_fast as rf
-from resunet_fast.frozen import scratch as module
-from resunet_fast.frozen.scratch import scratch
+from resunet_fast.ops import scratch as module
+from resunet_fast.ops.scratch import scratch
 from resunet_fast.ops.upsample_concat.op import UPSAMPLE_CONCAT
 from resunet_fast.testing import assert_close, tolerance
 

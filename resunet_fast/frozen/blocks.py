@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..modules.fused import UPSAMPLE as MODES
 from ..ops.layout import dense, layout_of
+from ..ops.scratch import scratch
 from ..ops.upsample.op import UPSAMPLE
 from ..ops.upsample_concat.op import UPSAMPLE_CONCAT
 from ..registry import forced_backend
 from .layers import FrozenConv, FrozenNorm
-from .scratch import scratch
 from .sealed import Sealed, symbolic
 
 

@@ -65,9 +65,9 @@ def forward(
     shift = None if bias is None else bias.to(x.dtype)
     w = as_dtype(weight, x.dtype)
     if winograd.takes_weight(w, stride, padding, dilation, groups) and winograd.pays_for_packing(x):
-        packed = winograd.pack(w)
-        if packed is not None:
-            return winograd.convolve(x, packed, shift)
+        y = winograd.convolve_once(x, w, shift)
+        if y is not None:
+            return y
     return F.conv2d(x, w, shift, stride, padding, dilation, groups)
 
 
@@ -88,15 +88,15 @@ def backward(
     x = source(input, skip, upsample_mode)
     w = as_dtype(weight, x.dtype)
     wants_x = output_mask[0] or output_mask[1]
-    rotated = None
+    dx = None
     if (
         wants_x
         and winograd.takes_weight(w, stride, padding, dilation, groups)
         and winograd.pays_for_packing(x)
     ):
-        rotated = winograd.pack(w, rotated=True)
+        dx = winograd.convolve_once(grad_output, w, None, rotated=True)
     by_taps = output_mask[2] and _prefers_tap_products(x, w, stride, padding, dilation, groups)
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+    other_dx, dweight, dbias = torch.ops.aten.convolution_backward(
         grad_output,
         x,
         w,
@@ -107,10 +107,9 @@ def backward(
         False,
         [0, 0],
         groups,
-        [wants_x and rotated is None, output_mask[2] and not by_taps, output_mask[3]],
+        [wants_x and dx is None, output_mask[2] and not by_taps, output_mask[3]],
     )
-    if rotated is not None:
-        dx = winograd.convolve(grad_output, rotated, None)
+    dx = other_dx if dx is None else dx
     if by_taps:
         dweight = weight_gradient_by_taps(grad_output, x)
     dlow, dskip = dx, None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import native
 from ..layout import dense, layout_of
+from ..scratch import scratch
 
 # The kernels take multiples of this.
 _BLOCK = 16
@@ -73,10 +74,28 @@ def pack(weight: Tensor, *, rotated: bool = False) -> Tensor | None:
     Returns:
         [K / 16, 16, C, 16]; rotated, [C / 16, 16, K, 16].
     """
+    packed = weight.new_empty(_packed_shape(weight, rotated))
+    return packed if _pack(weight, rotated, packed) else None
+
+
+def _packed_shape(weight: Tensor, rotated: bool) -> tuple[int, int, int, int]:
     k, c = weight.shape[1::-1] if rotated else weight.shape[:2]
-    packed = weight.new_empty(k // _BLOCK, 16, c, _BLOCK)
+    return k // _BLOCK, 16, c, _BLOCK
+
+
+def _pack(weight: Tensor, rotated: bool, packed: Tensor) -> bool:
     finite = native.ops().winograd_pack(dense(weight, torch.channels_last), rotated, packed)
-    return packed if finite else None
+    return bool(finite)
+
+
+def convolve_once(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, rotated: bool = False
+) -> Tensor | None:
+    """Pack a weight into memory that is kept between calls, and convolve; None as in `pack`."""
+    blocks, points, c, lanes = _packed_shape(weight, rotated)
+    with scratch(weight, (blocks, lanes, points, c)) as memory:
+        packed = memory.permute(0, 2, 3, 1)
+        return convolve(x, packed, bias) if _pack(weight, rotated, packed) else None
 
 
 def convolve(
