@@ -127,6 +127,11 @@ def convolves(input: Tensor, conv: Conv, skip: Tensor | None = None) -> bool:
         return False
     if skip is not None and skip.dtype != input.dtype:
         return False
+    channels = input.shape[1] + (0 if skip is None else skip.shape[1])
+    if conv.groups < 1 or conv.weight.shape[1] * conv.groups != channels:
+        return False
+    if min(conv_shape(input if skip is None else skip, conv)[2:]) < 1:
+        return False
     return _mixes(input.dtype, conv, conv.weight.shape[0])
 
 

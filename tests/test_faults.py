@@ -33,6 +33,12 @@ from resunet_fast.testing import CASES, Case, assert_close, make_inputs, toleran
 
 @pytest.fixture(autouse=True, params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    case = request.node.callspec.params.get("case")
+    implementations = OPERATORS[case.operator].implementations if case else {}
+    if request.param in implementations:
+        reasons = implementations[request.param].refusals(*make_inputs(case))
+        if reasons:  # that forcing it raises them is a question of test_operators.py
+            pytest.skip(f"{request.param}: {'; '.join(reasons)}")
     with rf.use_backend(request.param):
         yield request.param
 

@@ -48,7 +48,10 @@ def few(number: int) -> Callable[[Any], Any]:
     return settings(deadline=None, derandomize=True, database=None, max_examples=number)
 
 
-backends, views, seeds = st.sampled_from(BACKENDS), st.sampled_from(list(VIEWS)), st.integers(0, 99)
+# Not interpreted kernels, which take seconds where these take milliseconds: test_guard_bands.py
+# draws shapes for them.
+backends = st.sampled_from([name for name in BACKENDS if name != "triton"])
+views, seeds = st.sampled_from(list(VIEWS)), st.integers(0, 99)
 channels = st.sampled_from([1, 2, 3, 5, 8, 15, 17, 33])
 sizes = st.sampled_from([1, 2, 3, 4, 7, 9])
 shapes = st.tuples(sizes, channels, sizes, sizes)

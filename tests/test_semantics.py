@@ -36,6 +36,8 @@ units = pytest.mark.parametrize("unit", UNITS)
 
 @pytest.fixture(autouse=True, params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "triton" and request.node.callspec.params.get("unit", "bn_act") != "bn_act":
+        pytest.skip("groups keep the channels of the unit's convolution apart: Triton refuses them")
     with rf.use_backend(request.param):
         yield request.param
 
