@@ -250,6 +250,21 @@ def test_conv2d_and_its_gradients() -> None:
 
 
 @needs_winograd
+@pytest.mark.parametrize("relu", [False, True])
+def test_conv_bias_act(relu: bool) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = image(2, 48, 9, 11), filters(32, 48), torch.randn(32)
+    x[0, 3, 2, 2] = torch.nan
+    residual = image(2, 32, 9, 11)
+    conv = Conv(weight, bias, padding=(1, 1))
+    with torch.no_grad():
+        z = rf.functional.conv_bias_act(x, conv, residual=residual, relu=relu)
+        assert torch.equal(z.isnan(), judge(x, weight, bias, residual, relu).isnan())
+    expected = convolve(x, weight, bias, residual, relu=relu)
+    assert torch.equal(z.nan_to_num(), expected.nan_to_num())
+
+
+@needs_winograd
 def test_a_frozen_network_uses_it() -> None:
     torch.manual_seed(0)
     model = rf.ResUNet(3, 2, base_width=32, width_factors=(1, 2)).eval()

@@ -119,7 +119,7 @@ class FrozenConv(Layer):
 
     def _pack(self) -> None:
         packed = None
-        if winograd.takes_weight(self._weight, *self.geometry):
+        if winograd.takes_weight(self._weight, self.geometry):
             packed = winograd.pack(self._weight)
         if packed is None:
             packed = onednn.pack(self._weight, *self.geometry)

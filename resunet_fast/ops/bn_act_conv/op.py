@@ -19,7 +19,6 @@ from ..bn_act import compiled as bn_act_compiled
 from ..bn_act import op as bn_act
 from ..bn_act import reference as bn_act_reference
 from ..conv2d import cpu as conv2d_cpu
-from ..conv2d import cuda as conv2d_cuda
 from ..conv2d import cudnn as conv2d_cudnn
 from ..conv2d import gpu
 from ..conv2d import op as conv2d
@@ -125,7 +124,7 @@ BN_ACT_CONV.add(
         _composed(computed_by("triton", bn_act.BN_ACT), _TRITON_CONVOLUTION),
         *gpu.triton(gpu.bn_act_conv),
     ),
-    Implementation("cuda", _composed(bn_act_compiled.forward, conv2d_cuda.forward), cuda_refusals),
+    Implementation("cuda", _composed(bn_act_compiled.forward, conv2d_cudnn.forward), cuda_refusals),
     Implementation("cpu", _composed(bn_act_compiled.forward, conv2d_cpu.forward), cpu_refusals),
     Implementation("reference", _composed(bn_act_reference.forward, conv2d_reference.forward)),
 )

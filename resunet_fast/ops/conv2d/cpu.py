@@ -2,10 +2,6 @@
 
 Float32 3x3 convolutions with stride 1 are our own, see :mod:`.winograd`, and so are the gradients
 with respect to their inputs; those with respect to their weights are oneDNN's.
-
-Two sources become one transient buffer, written in a single sweep and dropped after the
-convolution: two convolutions that accumulate would read and write the result once more and copy two
-slices of the weight.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ from ... import native
 from ..layout import dense, layout_of
 from ..upsample import compiled as upsample
 from . import winograd
+from .sources import join
 
 # With more weights than this per position, oneDNN's weight gradient spends its time moving weights,
 # and one matrix product per tap is faster (measured on AVX-512 without AMX, weight gradient alone:
@@ -27,15 +24,6 @@ from . import winograd
 # 512 on 2x16x16, 64.0 to 51.1 and 22.3 to 21.1 ms; 512 to 512 there, 13.5 to 16.7 and 6.8 to 7.3
 # ms).
 _TAP_PRODUCTS_MIN_WEIGHTS_PER_POSITION = 1024
-
-
-def source(input: Tensor, skip: Tensor | None, mode: str) -> Tensor:
-    """The tensor that is convolved: the input, or both sources in one buffer."""
-    if skip is None:
-        return input
-    if mode == "none":
-        return dense(torch.cat([input, skip], 1), layout_of(input))
-    return upsample.concatenate(input, skip, skip.shape[2:], mode)
 
 
 def as_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,14 +49,12 @@ def forward(
     upsample_mode: str,
 ) -> Tensor:
     """Compute as the reference does."""
-    x = source(input, skip, upsample_mode)
+    x = join(input, skip, upsample_mode, "cpu")
     shift = None if bias is None else bias.to(x.dtype)
     w = as_dtype(weight, x.dtype)
-    if winograd.takes_weight(w, stride, padding, dilation, groups) and winograd.pays_for_packing(x):
-        y = winograd.convolve_once(x, w, shift)
-        if y is not None:
-            return y
-    return F.conv2d(x, w, shift, stride, padding, dilation, groups)
+    geometry = (stride, padding, dilation, groups)
+    y = winograd.convolve_once(x, w, shift, geometry)
+    return F.conv2d(x, w, shift, *geometry) if y is None else y
 
 
 def backward(
@@ -85,17 +71,15 @@ def backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Compute as the reference does."""
-    x = source(input, skip, upsample_mode)
+    x = join(input, skip, upsample_mode, "cpu")
     w = as_dtype(weight, x.dtype)
+    geometry = (stride, padding, dilation, groups)
     wants_x = output_mask[0] or output_mask[1]
     dx = None
-    if (
-        wants_x
-        and winograd.takes_weight(w, stride, padding, dilation, groups)
-        and winograd.pays_for_packing(x)
-    ):
-        dx = winograd.convolve_once(grad_output, w, None, rotated=True)
-    by_taps = output_mask[2] and _prefers_tap_products(x, w, stride, padding, dilation, groups)
+    if wants_x and layout_of(x) == torch.channels_last:
+        grad_output = dense(grad_output, torch.channels_last)
+        dx = winograd.convolve_once(grad_output, w, None, geometry, rotated=True)
+    by_taps = output_mask[2] and _prefers_tap_products(x, w, geometry)
     other_dx, dweight, dbias = torch.ops.aten.convolution_backward(
         grad_output,
         x,
@@ -131,21 +115,10 @@ def _weight_gradient(dweight: Tensor, weight: Tensor) -> Tensor:
     return dense(as_dtype(dweight, weight.dtype), layout_of(weight))
 
 
-def _prefers_tap_products(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
+def _prefers_tap_products(x: Tensor, weight: Tensor, geometry: winograd.Geometry) -> bool:
     n, _, h, w = x.shape
     return (
-        tuple(weight.shape[2:]) == (3, 3)
-        and tuple(stride) == (1, 1)
-        and tuple(padding) == (1, 1)
-        and tuple(dilation) == (1, 1)
-        and groups == 1
+        winograd.keeps_the_size(weight, geometry)
         and layout_of(x) == torch.channels_last
         and weight.shape[0] * weight.shape[1] >= _TAP_PRODUCTS_MIN_WEIGHTS_PER_POSITION * n * h * w
     )

@@ -1,28 +1,16 @@
-"""Convolution by cuDNN, through ATen, of sources concatenated by the selected upsampling."""
+"""Convolution by cuDNN, through ATen, of sources joined by the selected upsample_concat."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..backends import computed_by
-from ..layout import dense, empty, layout_of
+from ..layout import dense, layout_of
 from ..upsample.op import UPSAMPLE_BACKWARD
-from ..upsample_concat.op import UPSAMPLE_CONCAT
 from . import reference
-
-
-def _source(input: Tensor, skip: Tensor | None, mode: str) -> Tensor:
-    if skip is None:
-        return input
-    if mode == "none":
-        return dense(torch.cat([input, skip], 1), layout_of(input))
-    n, channels, *size = skip.shape
-    x = empty(input, (n, input.shape[1] + channels, *size), layout_of(input))
-    computed_by("", UPSAMPLE_CONCAT)(input, skip, x, mode)
-    return x
+from .sources import join
 
 
 def forward(
@@ -37,7 +25,7 @@ def forward(
     upsample_mode: str,
 ) -> Tensor:
     """Compute as the reference does."""
-    x = _source(input, skip, upsample_mode)
+    x = join(input, skip, upsample_mode, "")
     geometry = (stride, padding, dilation, groups)
     return reference.forward(x, None, weight, bias, *geometry, "none")
 
@@ -56,7 +44,7 @@ def backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Compute as the reference does."""
-    x = _source(input, skip, upsample_mode)
+    x = join(input, skip, upsample_mode, "")
     geometry = (stride, padding, dilation, groups)
     wants_low, wants_skip, *wants_parameters = output_mask
     mask = [wants_low or wants_skip, False, *wants_parameters]

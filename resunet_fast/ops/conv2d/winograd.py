@@ -28,24 +28,28 @@ _MIN_CHANNELS = 32
 _MIN_PIXELS = 64
 
 
+# Stride, padding, dilation, groups.
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+
 @cache
 def _available() -> bool:
     return not native.unavailable() and bool(native.ops().has_winograd())
 
 
-def takes_weight(
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
+def keeps_the_size(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether it is a 3x3 convolution with stride 1 and padding 1, not dilated, not in groups."""
+    stride, padding, dilation, groups = geometry
+    ones = tuple(stride) == tuple(padding) == tuple(dilation) == (1, 1)
+    return ones and groups == 1 and tuple(weight.shape[2:]) == (3, 3)
+
+
+def takes_weight(weight: Tensor, geometry: Geometry) -> bool:
     """Whether this convolution is faster so, given enough pixels."""
     k, c = weight.shape[:2]
     return (
         weight.dtype == torch.float32
-        and tuple(weight.shape[2:]) == (3, 3)
-        and (tuple(stride), tuple(padding), tuple(dilation), groups) == ((1, 1), (1, 1), (1, 1), 1)
+        and keeps_the_size(weight, geometry)
         and min(k, c) >= _MIN_CHANNELS
         and k % _BLOCK == c % _BLOCK == 0
         and weight.is_cpu
@@ -56,11 +60,6 @@ def takes_weight(
 def takes_image(x: Tensor) -> bool:
     """Whether an image has the dtype and the layout."""
     return x.dtype == torch.float32 and x.is_cpu and layout_of(x) == torch.channels_last
-
-
-def pays_for_packing(x: Tensor) -> bool:
-    """Whether it is faster for this image even if the weight is packed for this call alone."""
-    return takes_image(x) and x.shape[0] * x.shape[2] * x.shape[3] >= _MIN_PIXELS
 
 
 def pack(weight: Tensor, *, rotated: bool = False) -> Tensor | None:
@@ -89,13 +88,34 @@ def _pack(weight: Tensor, rotated: bool, packed: Tensor) -> bool:
 
 
 def convolve_once(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, rotated: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = False,
+    rotated: bool = False,
 ) -> Tensor | None:
-    """Pack a weight into memory that is kept between calls, and convolve; None as in `pack`."""
+    """Pack a weight for this call alone, into memory that is kept between calls, and convolve.
+
+    Args:
+        x, bias, residual, relu: as in :func:`convolve`.
+        weight, rotated: as in :func:`pack`.
+        geometry: of the convolution.
+
+    Returns:
+        The result; None where it is not faster, and where `pack` returns None.
+    """
+    enough = takes_image(x) and x.shape[0] * x.shape[2] * x.shape[3] >= _MIN_PIXELS
+    if not enough or not takes_weight(weight, geometry):
+        return None
     blocks, points, c, lanes = _packed_shape(weight, rotated)
     with scratch(weight, (blocks, lanes, points, c)) as memory:
         packed = memory.permute(0, 2, 3, 1)
-        return convolve(x, packed, bias) if _pack(weight, rotated, packed) else None
+        if not _pack(weight, rotated, packed):
+            return None
+        return convolve(x, packed, bias, residual, relu=relu)
 
 
 def convolve(

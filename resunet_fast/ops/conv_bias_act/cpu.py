@@ -1,4 +1,4 @@
-"""conv_bias_act by oneDNN's post-operations: bias and sum happen in the convolution.
+"""conv_bias_act on the CPU: by Winograd's method in float32, else by oneDNN's post-operations.
 
 The weight may be one that :func:`pack` has laid out for oneDNN, once: then `weight.is_mkldnn`, and
 the ReLU happens in the convolution, too. oneDNN's ReLU makes NaN zero: who packs a weight sees to
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conv2d import winograd
 from ..conv2d.cpu import as_dtype
 from ..layout import dense, layout_of
 
@@ -76,17 +77,20 @@ def forward(
     """Compute as the reference does."""
     w = as_dtype(weight, input.dtype)
     shift = None if bias is None else bias.to(input.dtype)
-    geometry = (padding, stride, dilation, groups)
+    if not weight.is_mkldnn:
+        geometry = (stride, padding, dilation, groups)
+        once = winograd.convolve_once(input, w, shift, geometry, residual, relu=relu)
+        if once is not None:
+            return once
+    onednn = (padding, stride, dilation, groups)
     inside = relu and weight.is_mkldnn
     z: Tensor
     if residual is None:
         activation = "relu" if inside else "none"
-        z = torch.ops.mkldnn._convolution_pointwise(
-            input, w, shift, *geometry, activation, [], None
-        )
+        z = torch.ops.mkldnn._convolution_pointwise(input, w, shift, *onednn, activation, [], None)
     else:
         other = dense(residual, layout_of(input))
         z = torch.ops.mkldnn._convolution_pointwise.binary(
-            input, other, w, shift, *geometry, "add", 1.0, "relu" if inside else None, [], None
+            input, other, w, shift, *onednn, "add", 1.0, "relu" if inside else None, [], None
         )
     return z.relu_() if relu and not inside else z

@@ -20,7 +20,7 @@ from ..bn_act import compiled as bn_act_compiled
 from ..bn_act import op as bn_act
 from ..bn_act import reference as bn_act_reference
 from ..conv2d import cpu as conv2d_cpu
-from ..conv2d import cuda as conv2d_cuda
+from ..conv2d import cudnn as conv2d_cudnn
 from ..conv2d import gpu
 from ..conv2d import op as conv2d
 from ..conv2d import reference as conv2d_reference
@@ -99,7 +99,9 @@ CONV_BN_ACT.add(
         *gpu.triton(gpu.conv_bn_act),
     ),
     Implementation(
-        "cuda", composed(conv2d_cuda.forward, bn_act_compiled.forward, in_place=True), cuda_refusals
+        "cuda",
+        composed(conv2d_cudnn.forward, bn_act_compiled.forward, in_place=True),
+        cuda_refusals,
     ),
     Implementation(
         "cpu", composed(conv2d_cpu.forward, bn_act_compiled.forward, in_place=True), cpu_refusals
