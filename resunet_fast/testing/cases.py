@@ -223,6 +223,7 @@ def _cases() -> list[Case]:
         ),
         ("conv2d", "one-source", odd, {}),
         ("conv2d", "no-bias", odd, {"bias": False}),
+        ("conv2d", "wide", (2, 32, 7, 6), {"out": 48}),  # Winograd in float32 on a CPU
         ("conv2d", "1x1", odd, {"kernel": 1}),
         ("conv2d", "stride", odd, {"stride": 2}),
         ("conv2d", "dilation", odd, {"dilation": 2}),
@@ -260,6 +261,7 @@ def _cases() -> list[Case]:
         ("bn_act_conv", "stride-no-relu", odd, {"stride": 2, "relu": False, "affine": False}),
         ("conv_bias_act", "bias", odd, {}),
         ("conv_bias_act", "residual", odd, {"residual": "tensor"}),
+        ("conv_bias_act", "wide-residual", (2, 32, 7, 6), {"out": 48, "residual": "tensor"}),
         ("conv_bias_act", "no-bias-stride", odd, {"bias": False, "stride": 2, "relu": False}),
         ("conv_bias_act", "residual-no-relu", odd, {"residual": "tensor", "relu": False}),
         ("conv_transpose2d", "bias", odd, {}),
