@@ -120,6 +120,10 @@ def test_a_missing_peer_and_one_that_fails_are_announced_by_name() -> None:
     text = run.network_table(section)
     assert "missing: Absent Runtime: no_such_package not installed" in text
     assert "missing: Failing Runtime: failed: RuntimeError: no such operator" in text
+    # Without an eager row only the absolute bound is left.
+    alone = Variant("ours", networks.fast(NHWC), ours=True)
+    section = network_run.measure(SMALL, CEILINGS, budget=0, rounds=1, variants=[alone, failing])
+    assert not section["variants"]["ours"]["wrong"]
     ours = Variant("ours", fails, ours=True)
     with pytest.raises(RuntimeError, match="no such operator"):
         network_run.measure(SMALL, CEILINGS, budget=0, rounds=1, variants=[ours])
