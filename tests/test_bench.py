@@ -17,6 +17,7 @@ from bench.networks import INFERENCE, NHWC, TRAINING, Network, Setting, Variant
 from bench.roofline import Ceilings
 from bench.timing import Timing, fitting_rounds, interleaved, ratio, rotating
 from resunet_fast.registry import OPERATORS, Implementation
+from resunet_fast.testing.checks import differentiable
 
 SMALL = Setting(TRAINING, "fp32", 1, 32, 4)
 CEILINGS = Ceilings(1e10, 1e11, "float32")
@@ -192,7 +193,7 @@ NETWORK_ROWS = [
     pytest.param(case, direction, id=f"{case.id}-{direction}".replace(" ", "-"))
     for case in operators.cases(1, 16, 4, [0])
     for direction in operators.DIRECTIONS
-    if direction == "forward" or case.operator not in operators.INFERENCE_ONLY
+    if direction == "forward" or differentiable(case)
 ]
 
 
