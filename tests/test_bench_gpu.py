@@ -19,6 +19,7 @@ from bench.gpu import convolutions, runner, sanitize, tiles
 from bench.gpu.child import attempt
 from bench.gpu.job import Job
 from resunet_fast import tuning
+from resunet_fast.testing import offline
 from resunet_fast.testing.checks import seeds_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +126,13 @@ def test_what_the_sanitizer_says(
 def test_a_clean_sanitizer_passes() -> None:
     said = "3 cases ran on cuda\n========= ERROR SUMMARY: 0 errors\n"
     assert sanitize.verdict(0, said) == {"note": "ERROR SUMMARY: 0 errors"}
+
+
+@pytest.mark.slow
+def test_tiles_that_are_tried_compile_and_do_not_spill() -> None:
+    results = offline.run(["tests.tile_builds"], (90,))
+    assert len(results) == 2 * len(tiles.NARROW + tiles.WIDE) + len(tiles.POINTER)
+    assert offline.problems(results) == []
 
 
 @pytest.mark.parametrize(("refused", "status"), [(True, "UNAVAILABLE"), (False, "FAILED")])
