@@ -61,7 +61,7 @@ def load(path: Path) -> dict[str, Any]:
     if path.suffix != ".jsonl":
         results: dict[str, Any] = json.loads(content)
         return results
-    return {record["job"]: record for record in map(json.loads, content.splitlines()) if record}
+    return {record["job"]: record for record in map(json.loads, content.splitlines())}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from . import plots
 from .facts import sentence
 from .gpu.job import BAD, Record
-from .table import mebibytes, milliseconds, roofline
+from .table import markdown, mebibytes, milliseconds, roofline
 
 NOT_YET = (
     "Not yet run on a GPU. `make gpu PART=check` compares every implementation with float64 there,"
@@ -59,11 +59,6 @@ def networks(folder: Path) -> list[str]:
     return [nets(records), f"{sentence(records[0])}; `{(folder / 'nets.jsonl').as_posix()}`."]
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
-
-
 def verdicts(records: list[Record]) -> str:
     """How many jobs ended how, and the sentence of every one that did not end well."""
     counts: dict[str, int] = {}
@@ -93,7 +88,7 @@ def shapes(records: list[Record]) -> str:
         f" {c['flops_per_second'] / 1e12:.0f} TFLOP/s."
         for c in (r["ceilings"] for r in records if "ceilings" in r)
     ]
-    return "\n\n".join([*rates, _markdown(cells)])
+    return "\n\n".join([*rates, markdown(cells)])
 
 
 def _column(row: Record) -> str:
@@ -137,7 +132,7 @@ def nets(records: list[Record]) -> str:
                 roofline(own),
             ]
         )
-    return "\n\n".join([_markdown(cells), breakdowns(records)]).strip()
+    return "\n\n".join([markdown(cells), breakdowns(records)]).strip()
 
 
 def _own(record: Record) -> dict[str, Any]:
@@ -148,9 +143,7 @@ def _own(record: Record) -> dict[str, Any]:
 def breakdowns(records: list[Record]) -> str:
     """The training step by kernel class, one column per variant."""
     found = {r["variant"]: r["classes_ms"] for r in records if "classes_ms" in r}
-    if not found:
-        return ""
-    return class_table(found)
+    return class_table(found) if found else ""
 
 
 def class_table(found: dict[str, dict[str, float]]) -> str:
@@ -158,4 +151,4 @@ def class_table(found: dict[str, dict[str, float]]) -> str:
     cells = [["training step, ms by kernel class", *found]]
     for label in labels:
         cells.append([label, *(f"{classes.get(label, 0.0):.2f}" for classes in found.values())])
-    return _markdown(cells)
+    return markdown(cells)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resunet_fast as rf
-from resunet_fast import environment, registry
+from resunet_fast import registry
 from resunet_fast.functional import Conv, Norm
 
+from .facts import facts
 from .timing import Timing
 
 CHANNELS = 8
@@ -94,11 +95,13 @@ def measure(device: str, rounds: int) -> list[dict[str, Any]]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=11, help="samples per row")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows here, with date, commit, machine and versions"
+    )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the table; `--json FILE` writes it with the machine."""
+    """Print the table; `--json FILE` writes it with what every result is published with."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     torch.set_num_threads(1)
     rows = [row for device in devices for row in measure(device, options.rounds)]
@@ -108,6 +111,6 @@ def main(options: argparse.Namespace) -> int:
         spread = f"{row['p20']:.1f} - {row['p80']:.1f}"
         print("".join(f"{row[name]:22}" for name in names), f"{row['median']:12.1f}   {spread}")
     if options.json:
-        facts = {"machine": environment.machine(), "unit": "microseconds", "rows": rows}
-        options.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        results = {**facts(), "unit": "microseconds", "rows": rows}
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0

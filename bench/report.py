@@ -17,17 +17,11 @@ from typing import Any
 from . import gpu_report, plots, predictions
 from .facts import sentence
 from .networks import INFERENCE, TRAINING
-from .table import mebibytes, milliseconds, roofline, times
+from .table import markdown, mebibytes, milliseconds, roofline, times
 
 Results = dict[str, Any]
 # The variant whose ratios README shows; docs/performance.md shows all.
 HEADLINES = {TRAINING: "fast channels_last", INFERENCE: "freeze"}
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table; the first row is its head."""
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
 def provenance(results: Results, path: Path) -> str:

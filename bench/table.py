@@ -1,4 +1,4 @@
-"""Readable tables for a terminal."""
+"""Readable tables: for a terminal, and in Markdown."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a document; the first row is its head."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
 def milliseconds(timing: dict[str, Any]) -> str:

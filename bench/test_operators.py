@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from resunet_fast.testing import Case
+from resunet_fast.testing.checks import differentiable
 
 from . import operators
 from .timing import Clock, fitting_rounds
@@ -34,7 +35,7 @@ def rows() -> list[Any]:
             small = Case(case.operator, case.name, *_smaller(case))
             for name, reasons in operators.implementations(small, dtype, DEVICE).items():
                 for direction in operators.DIRECTIONS:
-                    if direction == "backward" and case.operator in operators.INFERENCE_ONLY:
+                    if direction == "backward" and not differentiable(case):
                         continue
                     marks = [pytest.mark.skip(reason="; ".join(reasons))] if reasons else []
                     label = f"{case.id}-{str(dtype)[6:]}-{direction}-{name}"

@@ -20,6 +20,7 @@ from . import __version__, environment
 from .cli import OneLineParser
 from .registry import OPERATORS, PREFERENCE, backends
 from .testing import CASES, MUTATING_CASES, Case, checks
+from .testing.compare import one_line
 
 ALL_CASES = [*CASES, *MUTATING_CASES]
 KINDS = ("forward", "backward", "gradcheck", "opcheck")
@@ -136,13 +137,12 @@ def _bound(
 
 
 def answer(question: Question) -> Answer:
-    """Ask, and take whatever a broken implementation raises for an answer."""
+    """Ask a question, from the same seed each time."""
     torch.manual_seed(0)
     try:
         return Answer(question, question.ask())
-    except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return Answer(question, None, f"{type(error).__name__}: {(lines or ['no message'])[0]}")
+    except Exception as error:  # whatever a broken implementation raises is WRONG, and exit code 1
+        return Answer(question, None, one_line(error))
 
 
 def plan(operator: str | None, backend: str | None, *, quick: bool) -> list[Question]:

@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bench.gpu import convolutions, runner, sanitize, tiles
 from bench.gpu.child import attempt
 from bench.gpu.job import Job
 from resunet_fast import tuning
+from resunet_fast.testing import offline
 from resunet_fast.testing.checks import seeds_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +126,33 @@ def test_what_the_sanitizer_says(
 def test_a_clean_sanitizer_passes() -> None:
     said = "3 cases ran on cuda\n========= ERROR SUMMARY: 0 errors\n"
     assert sanitize.verdict(0, said) == {"note": "ERROR SUMMARY: 0 errors"}
+
+
+@pytest.mark.slow
+def test_tiles_that_are_tried_compile_and_do_not_spill() -> None:
+    results = offline.run(["tests.tile_builds"], (90,))
+    assert len(results) == 2 * len(tiles.NARROW + tiles.WIDE) + len(tiles.POINTER)
+    assert offline.problems(results) == []
+
+
+@pytest.mark.parametrize(("refused", "status"), [(True, "UNAVAILABLE"), (False, "FAILED")])
+def test_only_a_graph_that_cudnn_refuses_is_unavailable(
+    refused: bool, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NotSupportedError(Exception):
+        pass
+
+    cudnn = mock.MagicMock(__spec__=ModuleSpec("cudnn", None))
+    cudnn.cudnnGraphNotSupportedError = NotSupportedError
+    error = (NotSupportedError if refused else TypeError)("no engine")
+    cudnn.pygraph.return_value.build.side_effect = error
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn)
+    o = convolutions.operands((1, 4, 4, 8, 8, 3), torch.bfloat16, "cpu")
+    records = [way for way in convolutions.ways(o, "relu", dry=False) if isinstance(way, dict)]
+    found = next(r for r in records if r["implementation"] == "cudnn-frontend")
+    assert found["status"] == status
+    assert "no engine" in found["note"]
+    assert convolutions.judged([found])["status"] == ("OK" if refused else "FAILED")
 
 
 def test_tiles_are_tried_in_place_of_the_committed_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,11 +239,20 @@ def test_report_needs_its_marks(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "expected the marks '<!-- begin predictions -->'" in capsys.readouterr().out
 
 
-def test_the_committed_predictions_are_what_the_formulas_give() -> None:
-    committed = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    assert predictions.text() in committed
+def test_the_committed_documents_are_what_the_committed_results_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # results are named by their path from here
+    committed = {name: Path(name).read_text() for name in ("README.md", "docs/performance.md")}
+    copies = {name: tmp_path / Path(name).name for name in committed}
+    for name, path in copies.items():
+        path.write_text(committed[name])
+    readme, docs = map(str, copies.values())
+    assert main(["report", "--readme", readme, "--docs", docs]) == 0
+    assert {name: path.read_text() for name, path in copies.items()} == committed
+    assert predictions.text() in committed["docs/performance.md"]
     if not any((ROOT / "bench/results/gpu").glob("*.jsonl")):
-        assert gpu_report.NOT_YET in committed
+        assert gpu_report.NOT_YET in committed["docs/performance.md"]
 
 
 def test_report_of_a_gpu(tmp_path: Path) -> None:
@@ -263,6 +272,13 @@ def test_report_of_a_gpu(tmp_path: Path) -> None:
     assert "Not yet run on a GPU: `make gpu PART=sanitize`." in text
     drawn = ("convolutions_gpu.svg", "training_gpu.svg", "memory_training_gpu.svg")
     assert all((tmp_path / name).exists() for name in (*drawn, "classes_gpu.svg"))
+
+
+def test_tune_needs_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = ["--results", str(tmp_path / "shapes.jsonl"), "--out", str(tmp_path)]
+    assert main(["tune", *missing]) == 2
+    assert "`make gpu PART=shapes` writes it on a GPU" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_is_not_reported_as_a_measurement(tmp_path: Path) -> None:

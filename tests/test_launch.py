@@ -83,7 +83,9 @@ def test_the_benchmark_writes_its_rows(
         assert main(["launch", "--rounds", "2", "--json", str(tmp_path / "rows.json")]) == 0
     finally:
         torch.set_num_threads(before)
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert {"date", "commit", "machine", "versions"} <= written.keys()
+    rows = written["rows"]
     names = {(row["operator"], row["backend"], row["mode"]) for row in rows}
     assert len(names) == len(rows)
     assert ("bn_act", "eager", "forward and backward") in names

@@ -18,8 +18,7 @@ from bench.roofline import BACKWARD, FORWARD, Ceilings, Work, floor, operator_wo
 from resunet_fast import reference
 from resunet_fast.registry import OPERATORS
 from resunet_fast.testing import CASES, Case, make_inputs
-
-DIFFERENTIABLE = [case for case in CASES if case.operator != "conv_bias_act"]
+from resunet_fast.testing.checks import differentiable
 
 
 def counted(function: Any, *args: Any) -> tuple[int, Any]:
@@ -30,7 +29,7 @@ def counted(function: Any, *args: Any) -> tuple[int, Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_operations_of_every_case_are_those_that_torch_counts(case: Case) -> None:
-    grad = case.operator != "conv_bias_act"
+    grad = differentiable(case)
     inputs = make_inputs(case, requires_grad=grad)
     compute = OPERATORS[case.operator].implementations["reference"].compute
     forward, result = counted(compute, *inputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resunet_fast.registry import OPERATORS, backends
 from resunet_fast.testing import CASES, Case, assert_close, make_inputs, tolerance
-from resunet_fast.testing.checks import differentiable, run, seeds_of, terms
+from resunet_fast.testing.checks import condition, differentiable, run, seeds_of, terms
 
 # What runs on a GPU, and what stands in for it in a dry run.
 GPU_BACKENDS = ("cudnn", "cuda", "triton")
@@ -90,8 +90,7 @@ class Call:
         return [*(None if o is None else o.detach() for o in outputs), *found]
 
     def allowed(self) -> float:
-        mean = abs(float(self.case.options.get("mean", 0.0)))
-        return 4 * (1 + mean) * tolerance(self.dtype, terms(self.case))
+        return 4 * condition(self.case) * tolerance(self.dtype, terms(self.case))
 
 
 def same(name: str, results: Results, expected: Results, allowed: float | None = None) -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 
 import torch
 
-from .job import FAILED, NEEDS_GPU, OK, UNAVAILABLE, WRONG, Job, Record, UnavailableError
+from .job import FAILED, NEEDS_GPU, OK, UNAVAILABLE, WRONG, Job, Record, UnavailableError, failed
 
 # Exit status with which the parent goes on in a new process, behind the last record.
 LOST_CONTEXT = 3
@@ -36,8 +36,8 @@ def attempt(job: Job, dry: bool) -> Record:
         record.update(status=UNAVAILABLE, note=str(error))
     except AssertionError as error:
         record.update(status=WRONG, note=str(error)[:600])
-    except Exception as error:
-        record.update(status=FAILED, note=f"{type(error).__name__}: {error}"[:600])
+    except Exception as error:  # of one job: the others of the part still run
+        record.update(failed(error))
     record["seconds"] = round(time.perf_counter() - start, 3)
     return record
 

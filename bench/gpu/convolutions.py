@@ -16,7 +16,7 @@ from resunet_fast.registry import OPERATORS
 from ..roofline import Ceilings, Work, size
 from . import frontend
 from .calls import candidates, device
-from .job import FAILED, OK, UNAVAILABLE, WRONG, Record
+from .job import FAILED, OK, UNAVAILABLE, WRONG, Record, UnavailableError, failed
 from .measure import Results, row
 
 OPERATIONS = ("fprop", "relu", "add_relu", "dgrad", "wgrad")
@@ -150,8 +150,10 @@ def _frontend(o: Operands, operation: str) -> Iterator[Way | Record]:
         return
     try:
         yield "cudnn-frontend", frontend.conv_bias_relu(o, operation), {}
-    except Exception as error:
-        yield unavailable("cudnn-frontend", f"{type(error).__name__}: {error}"[:200])
+    except UnavailableError as error:
+        yield unavailable("cudnn-frontend", str(error))
+    except Exception as error:  # of one way to compute: the others of the job are still measured
+        yield {"implementation": "cudnn-frontend", **failed(error)}
 
 
 def unavailable(name: str, reason: str) -> Record:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .job import UnavailableError
 from .measure import Results
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def conv_bias_relu(o: Operands, operation: str) -> Callable[[], Results]:
         operation: "relu" or "add_relu".
 
     Raises:
-        Whatever cuDNN raises for a graph that it does not support.
+        UnavailableError: cuDNN does not support the graph on this machine.
     """
     import cudnn
 
@@ -42,7 +43,10 @@ def conv_bias_relu(o: Operands, operation: str) -> Callable[[], Results]:
     y = graph.relu(input=y)
     y.set_output(True).set_data_type(cudnn.data_type.BFLOAT16)
     y.set_dim(list(result.shape)).set_stride(list(result.stride()))
-    graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    try:
+        graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    except cudnn.cudnnGraphNotSupportedError as error:
+        raise UnavailableError(f"cuDNN does not support the graph: {error}"[:200]) from error
     workspace = torch.empty(graph.get_workspace_size(), device=o.x.device, dtype=torch.uint8)
     handle = cudnn.create_handle()
 

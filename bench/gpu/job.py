@@ -19,6 +19,11 @@ NEEDS_GPU = "NEEDS GPU"  # only collected, in a dry run
 BAD = (WRONG, FAILED, CRASH, HANG)
 
 
+def failed(error: Exception) -> Record:
+    """What becomes of an exception: its message, and a status with which the part exits with 1."""
+    return {"status": FAILED, "note": f"{type(error).__name__}: {str(error).strip()}"[:600]}
+
+
 class UnavailableError(Exception):
     """The machine has not what a job needs; the message says what."""
 

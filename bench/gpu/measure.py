@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resunet_fast.testing.compare import one_line
+
 from ..roofline import Ceilings, Work, share
 from ..timing import Clock, Timing, captured
-from .job import FAILED, OK, WRONG, Record
+from .job import OK, WRONG, Record, failed
 
 ROUNDS = 21
 Results = list[Tensor | None]
@@ -52,9 +54,8 @@ def row(
         if not error <= allowed:
             return {**record, "status": WRONG, "note": f"off by {error:.2g}, allowed {allowed:.2g}"}
         record.update(timed(call, device))
-    except Exception as error:
-        note = f"{type(error).__name__}: {str(error).strip()}"[:300]
-        return {**record, "status": FAILED, "note": note}
+    except Exception as error:  # of one way to compute: the others of the job are still measured
+        return {**record, **failed(error)}
     return {**record, **share(work, ceilings, record["ms"]["median"])}
 
 
@@ -67,7 +68,7 @@ def timed(call: Callable[[], object], device: str) -> Record:
     try:
         target = captured(call, device)
     except RuntimeError as error:
-        record["note"] = f"not recorded as a graph: {str(error).splitlines()[0][:100]}"
+        record["note"] = f"not recorded as a graph: {one_line(error)[:100]}"
         if device == "cuda":
             torch.cuda.synchronize()
     for _ in range(3):

@@ -6,7 +6,7 @@ into one memory together; eager channels_last runs beside it in the same rounds.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +53,6 @@ def _cost(variant: Variant) -> tuple[bool, bool, bool]:
     return "max-autotune" in variant.name, variant.compiled, not variant.ours
 
 
-@cache
 def known(dry: bool) -> Ceilings:
     return ceilings.measure(device(dry), torch.bfloat16, small=dry)
 

@@ -7,8 +7,7 @@ torch's operators, and every implementation in the registry, each on channels_la
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -27,6 +26,7 @@ DTYPE = torch.bfloat16
 def jobs(dry: bool) -> list[Job]:
     """The ceilings, one job per convolution shape and operation, one per operator case."""
     batch, size, width = (1, 32, 16) if dry else (BATCH, SIZE, WIDTH)
+    known = partial(measured, dry)
     found = [Job("ceilings", partial(ceilings_record, dry))]
     shapes = dict.fromkeys(
         layer.shape for layer in layers(batch, size, size, base_width=width) if layer.kernel == 3
@@ -34,20 +34,16 @@ def jobs(dry: bool) -> list[Job]:
     some = list(shapes)[:2] if dry else list(shapes)
     for shape in some:
         for operation in convolutions.OPERATIONS:
-            run = partial(convolutions.measure, shape, operation, known(dry), dry)
+            run = partial(convolutions.measure, shape, operation, known, dry)
             found.append(Job(f"conv {convolutions.label(shape)} {operation}", run, patience=120))
     for case, direction in elementwise.rows(batch, size, width, dry):
-        run = partial(elementwise.measure, case, direction, known(dry), dry)
+        run = partial(elementwise.measure, case, direction, known, dry)
         found.append(Job(f"{case.id} {direction}", run, patience=120))
     return found
 
 
-def known(dry: bool) -> Any:
-    """The ceilings, measured when they are first asked for, in the process that asks."""
-    return cache(lambda: measured(dry))
-
-
 def measured(dry: bool) -> Ceilings:
+    """The ceilings, measured when they are first asked for, in the process that asks."""
     return rates.measure(device(dry), DTYPE, small=dry)
 
 

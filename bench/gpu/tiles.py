@@ -16,7 +16,8 @@ from .measure import Results
 if TYPE_CHECKING:
     from .convolutions import Operands
 
-# By whether the result has 64 filters or more: what fits shared memory on sm_90 without spills.
+# By whether the result has 128 filters or more; compiled for sm_90 they fit its shared memory and
+# do not spill (tests/tile_builds.py).
 NARROW = (
     ConvConfig("tma", 64, 16, 16, 64, warps=4, stages=2),
     ConvConfig("tma", 64, 16, 16, 64, warps=4, stages=3),

@@ -1,4 +1,4 @@
-"""Comparison with a float64 reference that reports the worst element by its coordinates."""
+"""Comparison with a float64 reference: the worst element by its coordinates, errors in a line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def worst(actual: Tensor, expected: Tensor) -> tuple[float, tuple[int, ...]]:
     index = int(difference.argmax())
     where = torch.unravel_index(torch.tensor(index), difference.shape)
     return float(difference.flatten()[index]), tuple(int(i) for i in where)
+
+
+def one_line(error: Exception) -> str:
+    """What was raised, by its kind and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines or ['no message'])[0]}"
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, allowed: float) -> float:

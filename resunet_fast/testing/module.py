@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .compare import assert_close
+from .compare import assert_close, one_line
 from .tolerances import tolerance
 
 # Sums in another order, over at most some million terms, in float64.
@@ -121,12 +121,10 @@ def _with_state(reference: nn.Module, module: nn.Module) -> nn.Module:
 
 
 def _ask(question: str, check: Callable[..., None], *arguments: object) -> Finding:
-    """Take whatever a broken module raises for an answer."""
     try:
         check(*arguments)
-    except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return Finding(question, f"{type(error).__name__}: {(lines or ['no message'])[0]}")
+    except Exception as error:  # whatever a broken module raises is an answer: `ok` is then False
+        return Finding(question, one_line(error))
     return Finding(question, None)
 
 

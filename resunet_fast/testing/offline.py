@@ -104,7 +104,7 @@ def compile_build(build: Build, arch: int) -> Result:
     kernel = qualified(build)
     try:
         measurement = _measure(build, arch)
-    except Exception as error:  # whatever the compiler raises belongs into the report
+    except Exception as error:  # whatever the compiler raises is reported, and exit code 1
         lines = str(error).strip().splitlines() or [repr(error)]
         message = f"{type(error).__name__}: {lines[-1]}"
         return Result(build.name, arch, kernel, None, {}, message)
