@@ -21,6 +21,7 @@ from .segmentation import (
     Segmentation,
     SegmentationError,
     Settings,
+    announcement,
     for_inference,
     pick_device,
     segment,
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> int:
         return _complain(f"--{error}")
     model, reasons = for_inference(model, settings.dtype)
     if reasons:
-        _complain(f"the model runs as it is, not frozen for this: {'; '.join(reasons)}")
+        _complain(announcement(reasons))
     try:
         done = _run(jobs, model, settings)
     except OSError as error:

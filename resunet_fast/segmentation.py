@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -128,6 +129,11 @@ def for_inference(model: SavedModel, dtype: str) -> tuple[SavedModel, list[str]]
     return (model, reasons) if reasons else (replace(model, network=freeze(network, wanted)), [])
 
 
+def announcement(reasons: Sequence[str]) -> str:
+    """The sentence about a model that :func:`for_inference` leaves as it is."""
+    return f"the model runs as it is, not frozen for this: {'; '.join(reasons)}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """How an image goes through the network, whatever the image.
@@ -181,10 +187,10 @@ def segment(
     (see docs/predict.md).
 
     Args:
-        model: a model directory, which is loaded and frozen; or what `checkpoint.load` returned; or
-            a bare network in evaluation mode, or any function, that takes values in [0, 1]. What is
-            no directory runs as it is, where it is: to freeze takes longer than a small image, and
-            is the caller's to do, once.
+        model: a model directory, which is loaded and frozen (a warning says why where it cannot
+            be); or what `checkpoint.load` returned; or a bare network in evaluation mode, or any
+            function, that takes values in [0, 1]. What is no directory runs as it is, where it is:
+            to freeze takes longer than a small image, and is the caller's to do, once.
         image: see `images.read_stored`.
         device: "auto", "cpu" or "cuda"; read only when `model` is a directory.
         on_progress: called with the share of the rows that are done, in (0, 1].
@@ -203,7 +209,9 @@ def segment(
     if isinstance(model, str | Path):
         model = load(model, pick_device(device))
         chosen.check(model.network)
-        model, _ = for_inference(model, chosen.dtype)
+        model, reasons = for_inference(model, chosen.dtype)
+        if reasons:
+            warnings.warn(announcement(reasons), stacklevel=2)
     network = model.network if isinstance(model, SavedModel) else model
     chosen.check(network)
     pixels = read_stored(image)

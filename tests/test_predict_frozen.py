@@ -138,6 +138,18 @@ def test_what_cannot_be_frozen_goes_on_as_it_is(
     np.testing.assert_array_equal(np.load(tmp_path / "x_probability.npy"), expected)
 
 
+def test_segment_warns_of_a_directory_that_it_cannot_freeze(
+    model_dir: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    directory, image = save_frozen(tmp_path / "frozen", model_dir, torch.float32), picture(20, 20)
+    with pytest.warns(UserWarning, match="not frozen for this: it is frozen in torch.float32") as w:
+        result = segment(directory, image, dtype="bfloat16", device="cpu").probability
+    assert w[0].filename == __file__
+    np.testing.assert_array_equal(result, segment(directory, image, device="cpu").probability)
+    segment(model_dir, image, device="cpu")
+    assert not recwarn.list
+
+
 def test_bfloat16_on_a_processor_without_it(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
