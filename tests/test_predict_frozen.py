@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from networks import one_thread as one_thread
-from test_predict import config_of, run, save_model
+from saved_models import config_of, run
+from saved_models import model_dir as model_dir
 from test_predict_inputs import write_png
 from test_tiling import SIZE, TILE, core, network, picture
 from torch import Tensor
@@ -19,11 +20,6 @@ from resunet_fast.frozen import FrozenResUNet, build
 from resunet_fast.frozen.graphs import GraphCache
 from resunet_fast.segmentation import for_inference, segment
 from resunet_fast.tiling import cell_size, receptive_radius
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("saved") / "model")
 
 
 def save_frozen(directory: Path, model_dir: Path, dtype: torch.dtype) -> Path:

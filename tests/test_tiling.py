@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import VARIANTS, randomised, variant_id
@@ -18,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import resunet_fast as rf
-from resunet_fast import checkpoint, cli
+from resunet_fast import checkpoint
 from resunet_fast.checkpoint import ModelConfig, Normalisation
 from resunet_fast.segmentation import SegmentationError, segment
 from resunet_fast.tiling import bands, cell_size, receptive_radius, spans
@@ -290,14 +288,7 @@ def peak_bytes(directory: Path, size: int, *settings: str, **options: object) ->
     image = directory / "image.tif"
     Image.fromarray(np.broadcast_to(stripes, (size, size, 3)).copy()).save(image)
     paths = [str(directory / name) for name in ("model", "image.tif", "out")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *paths, *settings],
-        capture_output=True,
-        text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=directory,
-    )
+    result = run_python("-c", PROGRAM, *paths, *settings, cwd=directory, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     probability = np.load(directory / "out" / "image_probability.npy", mmap_mode="r")
     assert probability.shape == (size, size)
