@@ -24,6 +24,7 @@ from .freeze import freeze
 from .frozen import FrozenResUNet
 from .frozen.errors import relative_error
 from .registry import OPERATORS, Operator
+from .sentences import first_line
 
 __all__ = ["ExportError", "check_onnx", "program", "to_onnx", "to_torch"]
 
@@ -43,7 +44,7 @@ def program(
 
     Args:
         model: a network of this package, plain, fast or frozen; it is traced in evaluation mode. A
-            frozen one is the faster and smaller program.
+            frozen one is the smaller program: its batch norms are folded.
         size: height and width of the images.
         dynamic: leave height and width open, above the smallest that the network takes.
 
@@ -62,7 +63,7 @@ def program(
             decomposed: torch.export.ExportedProgram = exported.run_decompositions(_references())
             return decomposed
     except (RuntimeError, ValueError) as error:
-        raise ExportError(f"the network cannot be traced: {_first_line(error)}") from error
+        raise ExportError(f"the network cannot be traced: {first_line(error)}") from error
 
 
 def to_torch(
@@ -120,7 +121,7 @@ def _difference(
         session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
         found = [session.run(None, {"image": image.cpu().numpy()})[0] for image in images]
     except Exception as error:  # its exceptions have no other class in common
-        raise ExportError(f"ONNX Runtime refuses {name}: {_first_line(error)}") from error
+        raise ExportError(f"ONNX Runtime refuses {name}: {first_line(error)}") from error
     with _evaluation(model):
         expected = [model(image).cpu() for image in images]
     pairs = zip(map(torch.from_numpy, found), expected, strict=True)
@@ -201,10 +202,6 @@ def _references() -> dict[Any, Callable[..., Any]]:
 def _reference(operator: Operator) -> Callable[..., Any]:
     compute = operator.implementations["reference"].compute
     return lambda *args: compute(*operator.complete(args)[:-1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ from .frozen import FrozenResUNet
 from .frozen.build import reservations
 from .images import Array, ImageLike, Pixels, read_stored, to_float, with_channels
 from .models import Wiring
+from .sentences import first_line
 from .tiling import Plane, bands, cell_size
 from .windows import windowed
 
@@ -284,8 +285,7 @@ class _Solver:
             with torch.inference_mode(), _precision(batch.device, self.dtype):
                 return network(batch).float().cpu()
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise SegmentationError(f"the model refuses the image: {reason}") from error
+            raise SegmentationError(f"the model refuses the image: {first_line(error)}") from error
 
 
 def _precision(device: torch.device, dtype: str) -> AbstractContextManager[object]:

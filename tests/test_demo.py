@@ -278,10 +278,12 @@ def test_both_models_start_from_equal_weights() -> None:
 @pytest.mark.parametrize(
     "arguments", [["--steps", "0"], ["--steps", "many"], ["--device", "tpu"], ["--bogus"]]
 )
-def test_wrong_use_exits_with_2(arguments: list[str]) -> None:
+def test_wrong_use_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["demo", *arguments])
     assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("demo: ")
 
 
 def test_an_out_that_cannot_be_written_is_noticed_before_training(
