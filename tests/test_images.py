@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from saved_models import random_pixels, run, save_model
 
-from resunet_fast.images import ImageError, read_image
+from resunet_fast import images
+from resunet_fast.images import ImageError, read_image, read_stored
 
 
 def test_grey_and_colour_files_keep_their_values(tmp_path: Path) -> None:
@@ -52,6 +56,44 @@ def test_camera_orientation_is_applied(tmp_path: Path) -> None:
     image.save(tmp_path / "x.png", exif=exif)
     expected = np.rot90(np.asarray(image), -1).astype(np.float32) / 255
     np.testing.assert_array_equal(read_image(tmp_path / "x.png"), expected)
+
+
+def test_colour_of_sixteen_bits_in_a_png_is_read_with_eight(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)  # 0: not filtered
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks.items()
+        )
+    )
+    stored = read_stored(tmp_path / "x.png")
+    assert stored.dtype == np.uint8
+    np.testing.assert_allclose(stored / 255, values / 65535, atol=1 / 255)
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_of_several_pages_the_first_is_read(channels: int, tmp_path: Path) -> None:
+    pages = random_pixels(3, 6, 7, channels)
+    with tifffile.TiffWriter(tmp_path / "x.tif") as file:
+        for page in pages:
+            file.write(page, photometric="rgb" if channels == 3 else "minisblack", planarconfig=1)
+    np.testing.assert_array_equal(read_stored(tmp_path / "x.tif"), pages[0])
+
+
+def test_deep_pictures_have_the_same_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert images.LARGEST == 178_956_970
+    monkeypatch.setattr(images, "LARGEST", 41)
+    values = random_pixels(6, 7, 5)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="minisblack", planarconfig="contig")
+    with pytest.raises(ImageError, match="7 x 6 pixels are too many"):
+        read_stored(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize(

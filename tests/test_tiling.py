@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import resunet_fast as rf
 from resunet_fast import checkpoint
 from resunet_fast.checkpoint import ModelConfig, Normalisation
-from resunet_fast.segmentation import SegmentationError, segment
+from resunet_fast.segmentation import SegmentationError, Settings, segment
 from resunet_fast.tiling import bands, cell_size, receptive_radius, spans
 from resunet_fast.windows import windowed
 
@@ -198,6 +198,13 @@ def test_large_images_are_tiled_unasked() -> None:
     segment(note, picture(800, 700))
     assert max(sizes) <= (512, 512)
     assert len(sizes) == 4
+
+
+def test_the_defaults_of_the_articles_network() -> None:
+    model = rf.create_model("resunet", base_width=1)
+    assert cell_size(model) == 16
+    assert receptive_radius(model) == 182
+    assert Settings().sizes(16) == (512, 128)
 
 
 def test_bfloat16_rounds_and_float32_does_not() -> None:

@@ -58,7 +58,7 @@ class FrozenBlock(Sealed):
         return z
 
     def reservations(self) -> list[str]:
-        """Say what is not folded, or not laid out for oneDNN."""
+        """Say what is not folded, or whose weight is not packed."""
         own = ["norm is a pass of its own: others read its input"] if self.norm is not None else []
         convolutions = {"conv1": self.conv1, "conv2": self.conv2, "shortcut": self.shortcut}
         return own + [
@@ -71,7 +71,7 @@ class FrozenBlock(Sealed):
 
 def down(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Run an encoder block and pool its result; (skip, pooled)."""
-    # ATen's pooling: a hundredth of the convolutions beside it (measured, channels_last).
+    # ATen's pooling: one pass beside the block's convolutions.
     skip = block(x)
     return skip, F.max_pool2d(skip, 2)
 
