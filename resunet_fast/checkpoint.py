@@ -20,13 +20,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from resunet_fast import __version__, create_model, freeze
+from resunet_fast.arguments import DTYPES
 from resunet_fast.frozen import FrozenResUNet
 from resunet_fast.sentences import first_line
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 BINARY_SEGMENTATION = "binary_segmentation"
-FROZEN_DTYPES = ("", "float64", "float32", "bfloat16", "float16")
+FROZEN_DTYPES = ("", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))
 
 Argument = bool | int | str | tuple[int, ...]
 
@@ -123,7 +124,7 @@ def save(directory: str | Path, network: nn.Module, config: ModelConfig) -> None
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    frozen = str(network.dtype)[len("torch.") :] if isinstance(network, FrozenResUNet) else ""
+    frozen = str(network.dtype).removeprefix("torch.") if isinstance(network, FrozenResUNet) else ""
     config = replace(config, frozen_dtype=frozen)
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     text = json.dumps({"library_version": __version__, **asdict(config)}, indent=2)

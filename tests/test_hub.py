@@ -145,6 +145,16 @@ def test_the_import_stays_light(tmp_path: Path) -> None:
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_the_import_brings_nothing_but_this_package_beside_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; before = set(sys.modules); import resunet_fast\n"
+        "new = {name.partition('.')[0] for name in sys.modules.keys() - before}\n"
+        "print(sorted(new - sys.stdlib_module_names))"
+    )
+    result = run_python("-c", program, cwd=tmp_path)
+    assert result.stdout.strip() == "['resunet_fast']", result.stderr
+
+
 def test_without_the_package_the_sentence_names_it(tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules['huggingface_hub'] = None\n"

@@ -9,7 +9,6 @@ or which is a concatenation: it stays a pass of its own, together with its ReLU.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.fused import UPSAMPLE as MODES
@@ -67,13 +66,6 @@ class FrozenBlock(Sealed):
             if convolution is not None
             for reason in convolution.reservations()
         ]
-
-
-def down(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run an encoder block and pool its result; (skip, pooled)."""
-    # ATen's pooling: one pass beside the block's convolutions.
-    skip = block(x)
-    return skip, F.max_pool2d(skip, 2)
 
 
 def up(block: nn.Module, low: Tensor, skip: Tensor, mode: str) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..models.wiring import PLAIN_STAGES, Stages, Wiring
-from .blocks import down, up
+from .blocks import up
 from .build import check_dtype, freeze_block, freeze_conv
 from .errors import LayerErrors, layer_errors
 from .graphs import GraphCache, cuda_capture
@@ -42,9 +43,7 @@ class FrozenResUNet(Sealed, Wiring):
     device: torch.device
     _finite: bool
     _graphs: GraphCache | None
-    stages: ClassVar[Stages] = Stages(
-        PLAIN_STAGES.double_conv, PLAIN_STAGES.res_block, PLAIN_STAGES.pre_res_block, down, up
-    )
+    stages: ClassVar[Stages] = replace(PLAIN_STAGES, up=up)
 
     def __init__(self, model: Wiring, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
