@@ -84,8 +84,8 @@ def to_onnx(
     """Write :func:`program` to an ONNX file with input `image` and output `logits`.
 
     Raises:
-        ExportError: the network cannot be exported, is not float32, or `onnx` or `onnxscript` is
-            not installed.
+        ExportError: the network cannot be exported (transposed convolutions behind max pooling only
+            with fixed sizes), is not float32, or `onnx` or `onnxscript` is not installed.
         OSError: the file cannot be written; nothing is left behind.
     """
     _write(path, _onnx(model, size, dynamic))
@@ -152,9 +152,15 @@ def _onnx(model: nn.Module, size: tuple[int, int], dynamic: bool) -> bytes:
     exported = program(model, size, dynamic=dynamic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter, about itself
-        written = torch.onnx.export(
-            exported, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
-        )
+        try:
+            written = torch.onnx.export(
+                exported, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
+            )
+        except torch.onnx.OnnxExporterError as error:
+            hint = " with an open height and width; try fixed ones" if dynamic else ""
+            raise ExportError(
+                f"torch's exporter does not write this network as ONNX{hint}"
+            ) from error
     assert written is not None
     content: bytes = written.model_proto.SerializeToString()
     return content

@@ -134,6 +134,9 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         export.program(model, (3, 8))
     with pytest.raises(export.ExportError, match=r"needs a float32 network, got torch.bfloat16"):
         export.to_onnx(rf.freeze(model, torch.bfloat16), tmp_path / "model.onnx")
+    transposed = network(rf.ResUNet, upsample="transpose", width_factors=(1, 2))
+    with pytest.raises(export.ExportError, match="as ONNX with an open height and width; try"):
+        export.to_onnx(transposed, tmp_path / "model.onnx", (16, 16), dynamic=True)
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(export.ExportError, match=r"'onnxscript': pip install .*\[export\]"):
         export.to_onnx(model, tmp_path / "model.onnx")
