@@ -20,12 +20,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from resunet_fast import __version__, create_model, freeze
+from resunet_fast.arguments import DTYPES
 from resunet_fast.frozen import FrozenResUNet
+from resunet_fast.sentences import first_line
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 BINARY_SEGMENTATION = "binary_segmentation"
-FROZEN_DTYPES = ("", "float64", "float32", "bfloat16", "float16")
+FROZEN_DTYPES = ("", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))
 
 Argument = bool | int | str | tuple[int, ...]
 
@@ -122,7 +124,7 @@ def save(directory: str | Path, network: nn.Module, config: ModelConfig) -> None
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    frozen = str(network.dtype)[len("torch.") :] if isinstance(network, FrozenResUNet) else ""
+    frozen = str(network.dtype).removeprefix("torch.") if isinstance(network, FrozenResUNet) else ""
     config = replace(config, frozen_dtype=frozen)
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     text = json.dumps({"library_version": __version__, **asdict(config)}, indent=2)
@@ -154,7 +156,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> SavedMode
             skeleton = config.build()
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory / CONFIG_FILE} does not describe a model: {_first_line(error)}"
+            f"{directory / CONFIG_FILE} does not describe a model: {first_line(error)}"
         ) from error
     _require_same_state(directory / WEIGHTS_FILE, state, skeleton.state_dict())
     if isinstance(skeleton, FrozenResUNet):
@@ -174,10 +176,6 @@ def _filled(
     return network
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -191,7 +189,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = parse_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file: {_first_line(error)}"
+            f"{path} is not a complete safetensors file: {first_line(error)}"
         ) from error
     return state
 
@@ -228,7 +226,7 @@ def _parse_config(path: Path) -> ModelConfig:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}") from error
     reader = _Reader(path, document)
     config = ModelConfig(
         name=reader.text("name"),

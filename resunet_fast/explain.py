@@ -22,7 +22,7 @@ class ModelExplanation:
     """Every block and transposed convolution, with what stands against fusing it (empty: it is).
 
     Attributes:
-        blocks: by name; for a frozen model, what is not folded, or not laid out for oneDNN.
+        blocks: by name; for a frozen model, what is not folded, or whose weight is not packed.
         otherwise: what a block without reasons is.
         calls: how a frozen model's calls run.
     """
@@ -83,7 +83,7 @@ def _explain_frozen(model: FrozenResUNet) -> ModelExplanation:
         if isinstance(module, kinds) or (isinstance(module, FrozenConv) and name == "outc")
     }
     if model.device.type != "cuda":
-        return ModelExplanation(blocks, "folded and packed for oneDNN", "calls run layer by layer")
+        return ModelExplanation(blocks, "folded and packed", "calls run layer by layer")
     return ModelExplanation(
         blocks,
         "folded",

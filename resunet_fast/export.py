@@ -10,7 +10,8 @@ import argparse
 import io
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .freeze import freeze
 from .frozen import FrozenResUNet
 from .frozen.errors import relative_error
 from .registry import OPERATORS, Operator
+from .sentences import first_line
 
 __all__ = ["ExportError", "check_onnx", "program", "to_onnx", "to_torch"]
 
@@ -42,7 +44,7 @@ def program(
 
     Args:
         model: a network of this package, plain, fast or frozen; it is traced in evaluation mode. A
-            frozen one is the faster and smaller program.
+            frozen one is the smaller program: its batch norms are folded.
         size: height and width of the images.
         dynamic: leave height and width open, above the smallest that the network takes.
 
@@ -54,27 +56,18 @@ def program(
     """
     image = _example(model, size)
     shapes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO} if dynamic else None
-    was_training = model.training
     try:
-        model.eval()
-        with torch.no_grad(), warnings.catch_warnings():
+        with _evaluation(model), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             exported = torch.export.export(model, (image,), dynamic_shapes=(shapes,))
             decomposed: torch.export.ExportedProgram = exported.run_decompositions(_references())
             return decomposed
     except (RuntimeError, ValueError) as error:
-        raise ExportError(f"the network cannot be traced: {_first_line(error)}") from error
-    finally:
-        if was_training:
-            model.train()
+        raise ExportError(f"the network cannot be traced: {first_line(error)}") from error
 
 
 def to_torch(
-    model: nn.Module,
-    path: str | Path,
-    size: tuple[int, int] = (256, 256),
-    *,
-    dynamic: bool = False,
+    model: nn.Module, path: str | Path, size: tuple[int, int] = (256, 256), *, dynamic: bool = False
 ) -> None:
     """Write :func:`program` to a file for `torch.export.load`; arguments as there.
 
@@ -82,48 +75,27 @@ def to_torch(
         ExportError: the network cannot be exported.
         OSError: the file cannot be written; nothing is left behind.
     """
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of torch's own archive, about CPU weights
-        torch.export.save(program(model, size, dynamic=dynamic), buffer)
-    _write(Path(path), buffer.getvalue())
+    _write(path, _torch(model, size, dynamic))
 
 
 def to_onnx(
-    model: nn.Module,
-    path: str | Path,
-    size: tuple[int, int] = (256, 256),
-    *,
-    dynamic: bool = False,
+    model: nn.Module, path: str | Path, size: tuple[int, int] = (256, 256), *, dynamic: bool = False
 ) -> None:
     """Write :func:`program` to an ONNX file with input `image` and output `logits`.
 
     Raises:
-        ExportError: the network cannot be exported, is not float32, or `onnx` or `onnxscript` is
-            not installed.
+        ExportError: the network cannot be exported (transposed convolutions behind max pooling only
+            with fixed sizes), is not float32, or `onnx` or `onnxscript` is not installed.
         OSError: the file cannot be written; nothing is left behind.
     """
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ExportError(f"format onnx needs the package {missing[0]!r}: {_EXTRA}")
-    dtype = _example(model, size).dtype
-    if dtype != torch.float32:
-        raise ExportError(f"format onnx needs a float32 network, got {dtype}")
-    exported = program(model, size, dynamic=dynamic)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's exporter, about itself
-        written = torch.onnx.export(
-            exported, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
-        )
-    assert written is not None
-    _write(Path(path), written.model_proto.SerializeToString())
+    _write(path, _onnx(model, size, dynamic))
 
 
 def check_onnx(model: nn.Module, path: str | Path, sizes: Sequence[tuple[int, int]]) -> float:
     """Run an ONNX file in ONNX Runtime and compare it with the network it came from.
 
     Args:
-        model: the network.
+        model: the network; it runs in evaluation mode.
         path: the file that :func:`to_onnx` wrote.
         sizes: heights and widths to try.
 
@@ -133,24 +105,78 @@ def check_onnx(model: nn.Module, path: str | Path, sizes: Sequence[tuple[int, in
     Raises:
         ExportError: ONNX Runtime is not installed or refuses the file, or the error is above 2e-5.
     """
+    return _difference(model, str(path), str(path), sizes)
+
+
+def _difference(
+    model: nn.Module, source: str | bytes, name: str, sizes: Sequence[tuple[int, int]]
+) -> float:
+    """As :func:`check_onnx`, of a file or of what one will hold."""
     if find_spec("onnxruntime") is None:
         raise ExportError(f"checking needs the package 'onnxruntime': {_EXTRA}")
     import onnxruntime
 
-    worst = 0.0
+    images = [_example(model, size) for size in sizes]
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        for size in sizes:
-            image = _example(model, size)
-            with torch.no_grad():
-                expected = model(image)
-            (logits,) = session.run(None, {"image": image.cpu().numpy()})
-            worst = max(worst, relative_error(torch.from_numpy(logits), expected.cpu()))
-    except RuntimeError as error:
-        raise ExportError(f"ONNX Runtime refuses {path}: {_first_line(error)}") from error
-    if not worst <= _TOLERANCE:
-        raise ExportError(f"{path} is off by {worst:.3g} in ONNX Runtime; allowed are {_TOLERANCE}")
-    return worst
+        session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+        found = [session.run(None, {"image": image.cpu().numpy()})[0] for image in images]
+    except Exception as error:  # its exceptions have no other class in common
+        raise ExportError(f"ONNX Runtime refuses {name}: {first_line(error)}") from error
+    with _evaluation(model):
+        expected = [model(image).cpu() for image in images]
+    pairs = zip(map(torch.from_numpy, found), expected, strict=True)
+    errors = [relative_error(logits, judge) for logits, judge in pairs]
+    for off in errors:  # one by one: max() overlooks NaN
+        if not off <= _TOLERANCE:
+            raise ExportError(
+                f"{name} is off by {off:.3g} in ONNX Runtime; allowed are {_TOLERANCE}"
+            )
+    return max(errors, default=0.0)
+
+
+def _torch(model: nn.Module, size: tuple[int, int], dynamic: bool) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch's own archive, about CPU weights
+        torch.export.save(program(model, size, dynamic=dynamic), buffer)
+    return buffer.getvalue()
+
+
+def _onnx(model: nn.Module, size: tuple[int, int], dynamic: bool) -> bytes:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"format onnx needs the package {missing[0]!r}: {_EXTRA}")
+    dtype = _example(model, size).dtype
+    if dtype != torch.float32:
+        raise ExportError(f"format onnx needs a float32 network, got {dtype}")
+    exported = program(model, size, dynamic=dynamic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporter, about itself
+        try:
+            written = torch.onnx.export(
+                exported, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
+            )
+        except torch.onnx.OnnxExporterError as error:
+            hint = " with an open height and width; try fixed ones" if dynamic else ""
+            raise ExportError(
+                f"torch's exporter does not write this network as ONNX{hint}"
+            ) from error
+    assert written is not None
+    content: bytes = written.model_proto.SerializeToString()
+    return content
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _example(model: nn.Module, size: tuple[int, int]) -> Tensor:
@@ -167,11 +193,11 @@ def _example(model: nn.Module, size: tuple[int, int]) -> Tensor:
     return pixels.to(device, dtype)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: str | Path, data: bytes) -> None:
     # Deferred: it needs safetensors, which importing this package does not.
     from .checkpoint import write_atomically
 
-    write_atomically(path, data)
+    write_atomically(Path(path), data)
 
 
 def _references() -> dict[Any, Callable[..., Any]]:
@@ -182,10 +208,6 @@ def _references() -> dict[Any, Callable[..., Any]]:
 def _reference(operator: Operator) -> Callable[..., Any]:
     compute = operator.implementations["reference"].compute
     return lambda *args: compute(*operator.complete(args)[:-1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,21 +236,38 @@ def _run(options: argparse.Namespace) -> str:
 
     saved = load(options.model)
     model = saved.network if isinstance(saved.network, FrozenResUNet) else freeze(saved.network)
-    height, width = options.size
-    write = to_onnx if options.format == "onnx" else to_torch
-    write(model, options.out, (height, width), dynamic=options.dynamic)
-    shape = f"[1, {saved.config.in_channels}, " + (
-        "H, W]" if options.dynamic else f"{height}, {width}]"
-    )
-    lines = [f"{options.out}: takes {shape}, (pixels in [0, 1] - mean) / std"]
-    lines += [f"  mean {saved.config.normalisation.mean}, std {saved.config.normalisation.std}"]
+    height, width = size = tuple(options.size)
+    note = ""
     if options.format == "torch":
-        return "\n".join(lines)
+        to_torch(model, options.out, size, dynamic=options.dynamic)
+    else:
+        note = _checked_onnx(model, options.out, size, options.dynamic)
+    shape = "H, W" if options.dynamic else f"{height}, {width}"
+    normalisation = saved.config.normalisation
+    return (
+        f"{options.out}: takes [1, {saved.config.in_channels}, {shape}], "
+        "(pixels in [0, 1] - mean) / std\n"
+        f"  mean {normalisation.mean}, std {normalisation.std}{note}"
+    )
+
+
+def _checked_onnx(model: nn.Module, out: Path, size: tuple[int, int], dynamic: bool) -> str:
+    """Write the file once ONNX Runtime agrees; return a line that says so, or why it was not asked.
+
+    A file that fails is not written, and one that lies there already stays.
+    """
+    content = _onnx(model, size, dynamic)
     if find_spec("onnxruntime") is None:
-        return "\n".join([*lines, f"  not checked: onnxruntime is not installed ({_EXTRA})"])
-    sizes = [(height, width), *([(height + 17, width + 6)] if options.dynamic else [])]
-    error = check_onnx(model, options.out, sizes)
-    return "\n".join([*lines, f"  relative difference in ONNX Runtime: {error:.2g}"])
+        note = f"not checked: onnxruntime is not installed ({_EXTRA})"
+    else:
+        sizes = [size, *([(size[0] + 17, size[1] + 6)] if dynamic else [])]
+        try:
+            error = _difference(model, content, "the program", sizes)
+        except ExportError as problem:
+            raise ExportError(f"{out} is not written: {problem}") from problem
+        note = f"relative difference in ONNX Runtime: {error:.2g}"
+    _write(out, content)
+    return f"\n  {note}"
 
 
 def main(argv: list[str]) -> int:

@@ -132,26 +132,17 @@ def conv_bn_act(
     """
     check_sources(input, skip, upsample)
     input, skip, residual = _autocast(input, skip, residual)
-    if (
-        eager.required()
-        or not convolves(input, conv, skip)
-        or not normalises(_result_shape(input, skip, conv), input.dtype, norm, pool)
-        or not fits(residual, residual_norm)
-    ):
+    plain = eager.required() or not _fuses(input, skip, conv, norm, pool)
+    if plain or not fits(residual, residual_norm):
         y = eager.conv2d(input, conv, skip, upsample)
         check_residual(y.shape, y.dtype, residual, residual_norm)
         return eager.bn_act(y, norm, residual, residual_norm, relu, pool)
     check_residual(_result_shape(input, skip, conv), input.dtype, residual, residual_norm)
-    z, pooled, y, *stats = ops.conv_bn_act.CONV_BN_ACT(
-        input,
-        skip,
-        *conv,
-        upsample,
-        *_norm_arguments(norm, residual, residual_norm),
-        relu,
-        pool,
-        False,  # keep: autograd asks for it
-        forced_backend(),
+    sources = (input, skip, *conv, upsample)
+    norms = _norm_arguments(norm, residual, residual_norm)
+    keep = False  # autograd asks for it
+    z, pooled, _, *stats = ops.conv_bn_act.CONV_BN_ACT(
+        *sources, *norms, relu, pool, keep, forced_backend()
     )
     _track(z, norm, residual_norm, stats, conv.bias)
     return (z, pooled) if pool else z
@@ -346,6 +337,13 @@ def _autocast(
         return input, skip, residual
     behind = None if skip is None else skip.to(dtype)
     return input.to(dtype), behind, None if residual is None else residual.to(dtype)
+
+
+def _fuses(input: Tensor, skip: Tensor | None, conv: Conv, norm: Norm, pool: bool) -> bool:
+    """Whether the fused convolution takes the sources, and the fused batch norm its result."""
+    if not convolves(input, conv, skip):
+        return False
+    return normalises(_result_shape(input, skip, conv), input.dtype, norm, pool)
 
 
 def _result_shape(input: Tensor, skip: Tensor | None, conv: Conv) -> tuple[int, ...]:

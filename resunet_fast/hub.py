@@ -23,6 +23,7 @@ from .checkpoint import (
     save,
 )
 from .frozen import FrozenResUNet
+from .sentences import first_line
 
 try:
     from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
@@ -132,9 +133,8 @@ def from_pretrained(name: str | Path, *, device: str = "cpu", **keywords: Any) -
         raise
     except (OSError, ValueError, AttributeError) as error:
         # The mixin reads config.json as well, and takes any JSON for an object.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{name} is neither a folder nor readable on the Hub: {reason}"
+            f"{name} is neither a folder nor readable on the Hub: {first_line(error)}"
         ) from error
 
 

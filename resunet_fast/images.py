@@ -9,6 +9,7 @@ channels than a colour has, or with colours of more than 8 bits, keep them all. 
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .sentences import first_line
 
 Pixels = NDArray[np.float32]
 Array = NDArray[np.generic]
@@ -82,8 +85,7 @@ def read_stored(image: ImageLike) -> Array:
     except PermissionError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
     except (*_DAMAGED, Image.DecompressionBombError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ImageError(f"{path} cannot be decoded: {reason}") from error
+        raise ImageError(f"{path} cannot be decoded: {first_line(error)}") from error
 
 
 def to_float(stored: Array) -> Pixels:
@@ -143,7 +145,7 @@ def _is_plain(tiff: Image.Image) -> bool:
 
 
 def _read_tiff(path: Path) -> Array:
-    # Only where it is needed, because loading it takes as long as Pillow.
+    # Only where it is needed: most pictures are not such.
     import tifffile
 
     try:
@@ -193,6 +195,13 @@ def _from_array(array: Array) -> Array:
     if array.dtype not in (np.uint8, np.uint16) and not np.issubdtype(array.dtype, np.floating):
         raise ImageError(f"expected uint8, uint16 or floating point, got {array.dtype}")
     return array if array.ndim == 3 else array[:, :, None]
+
+
+def to_png(image: Image.Image) -> bytes:
+    """Return the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def with_channels(pixels: Pixels, wanted: int) -> Pixels:

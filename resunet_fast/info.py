@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__, environment, native, registry
+from .cli import OneLineParser
 from .ops.backends import NATIVE_DTYPES
 
 
@@ -79,7 +79,7 @@ def _short(value: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the facts; `--json` prints them as one JSON object."""
-    parser = argparse.ArgumentParser(prog="resunet_fast info", description=__doc__)
+    parser = OneLineParser(prog="python -m resunet_fast info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     facts = collect()
     print(json.dumps(facts, indent=2) if parser.parse_args(argv).json else text(facts))

@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from .checkpoint import CheckpointError, SavedModel, load, write_atomically
 from .cli import OneLineParser
-from .images import ImageError
+from .images import ImageError, to_png
 from .segmentation import (
     DTYPES,
     Segmentation,
     SegmentationError,
     Settings,
+    announcement,
     for_inference,
     pick_device,
     segment,
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
         return _complain(f"--{error}")
     model, reasons = for_inference(model, settings.dtype)
     if reasons:
-        _complain(f"the model runs as it is, not frozen for this: {'; '.join(reasons)}")
+        _complain(announcement(reasons))
     try:
         done = _run(jobs, model, settings)
     except OSError as error:
@@ -184,20 +184,14 @@ def _line(job: Job, result: Segmentation) -> str:
 
 def _write(job: Job, result: Segmentation) -> None:
     encode: dict[str, Callable[[], bytes]] = {
-        "mask": lambda: _png(result.mask_image()),
-        "overlay": lambda: _png(result.overlay_image()),
+        "mask": lambda: to_png(result.mask_image()),
+        "overlay": lambda: to_png(result.overlay_image()),
         "probability": lambda: _npy(result.probability),
-        "probability-png": lambda: _png(result.probability_image()),
+        "probability-png": lambda: to_png(result.probability_image()),
     }
     for kind, path in job.results.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, encode[kind]())
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _npy(array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from .frozen import FrozenResUNet
 from .frozen.build import reservations
 from .images import Array, ImageLike, Pixels, read_stored, to_float, with_channels
 from .models import Wiring
+from .sentences import first_line
 from .tiling import Plane, bands, cell_size
 from .windows import windowed
 
@@ -128,6 +130,11 @@ def for_inference(model: SavedModel, dtype: str) -> tuple[SavedModel, list[str]]
     return (model, reasons) if reasons else (replace(model, network=freeze(network, wanted)), [])
 
 
+def announcement(reasons: Sequence[str]) -> str:
+    """The sentence about a model that :func:`for_inference` leaves as it is."""
+    return f"the model runs as it is, not frozen for this: {'; '.join(reasons)}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """How an image goes through the network, whatever the image.
@@ -181,10 +188,10 @@ def segment(
     (see docs/predict.md).
 
     Args:
-        model: a model directory, which is loaded and frozen; or what `checkpoint.load` returned; or
-            a bare network in evaluation mode, or any function, that takes values in [0, 1]. What is
-            no directory runs as it is, where it is: to freeze takes longer than a small image, and
-            is the caller's to do, once.
+        model: a model directory, which is loaded and frozen (a warning says why where it cannot
+            be); or what `checkpoint.load` returned; or a bare network in evaluation mode, or any
+            function, that takes values in [0, 1]. What is no directory runs as it is, where it is:
+            to freeze takes longer than a small image, and is the caller's to do, once.
         image: see `images.read_stored`.
         device: "auto", "cpu" or "cuda"; read only when `model` is a directory.
         on_progress: called with the share of the rows that are done, in (0, 1].
@@ -203,7 +210,9 @@ def segment(
     if isinstance(model, str | Path):
         model = load(model, pick_device(device))
         chosen.check(model.network)
-        model, _ = for_inference(model, chosen.dtype)
+        model, reasons = for_inference(model, chosen.dtype)
+        if reasons:
+            warnings.warn(announcement(reasons), stacklevel=2)
     network = model.network if isinstance(model, SavedModel) else model
     chosen.check(network)
     pixels = read_stored(image)
@@ -276,8 +285,7 @@ class _Solver:
             with torch.inference_mode(), _precision(batch.device, self.dtype):
                 return network(batch).float().cpu()
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise SegmentationError(f"the model refuses the image: {reason}") from error
+            raise SegmentationError(f"the model refuses the image: {first_line(error)}") from error
 
 
 def _precision(device: torch.device, dtype: str) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -76,6 +77,16 @@ def test_a_program_is_traced_in_evaluation_and_the_model_left_in_its_mode() -> N
     assert relative_error(run(program.module(), x), run(model.eval(), x)) < 1e-5
 
 
+def test_checking_leaves_a_model_as_it_was(tmp_path: Path) -> None:
+    model = network(reference.ResUNet).train()
+    model.bottleneck.eval()  # as where batch norms are kept while the rest is trained
+    before = copy.deepcopy(model)
+    export.to_onnx(model, tmp_path / "model.onnx", (16, 16))
+    assert export.check_onnx(model, tmp_path / "model.onnx", [(16, 16)]) < 1e-5
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
+
+
 def test_torch_files_need_no_part_of_this_package(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     frozen = rf.freeze(network(rf.ResUNet), torch.bfloat16)
@@ -103,6 +114,18 @@ def test_onnx_in_onnx_runtime(tmp_path: Path) -> None:
     assert "BatchNormalization" not in kinds
     with pytest.raises(export.ExportError, match=r"is off by .* in ONNX Runtime; allowed are"):
         export.check_onnx(rf.freeze(network(rf.ResUNet, width_factors=(1, 3))), path, [(16, 24)])
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(export.ExportError, match=r"^ONNX Runtime refuses .*model.onnx: "):
+        export.check_onnx(frozen, path, [(16, 24)])
+
+
+def test_a_difference_that_is_not_a_number_is_too_large(tmp_path: Path) -> None:
+    model, path = network(rf.ResUNet), tmp_path / "model.onnx"
+    export.to_onnx(model, path, (16, 16), dynamic=True)
+    with torch.no_grad():
+        model.outc.bias.fill_(float("nan"))
+    with pytest.raises(export.ExportError, match="off by nan"):
+        export.check_onnx(model, path, [(16, 16), (24, 16)])
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +134,9 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         export.program(model, (3, 8))
     with pytest.raises(export.ExportError, match=r"needs a float32 network, got torch.bfloat16"):
         export.to_onnx(rf.freeze(model, torch.bfloat16), tmp_path / "model.onnx")
+    transposed = network(rf.ResUNet, upsample="transpose", width_factors=(1, 2))
+    with pytest.raises(export.ExportError, match="as ONNX with an open height and width; try"):
+        export.to_onnx(transposed, tmp_path / "model.onnx", (16, 16), dynamic=True)
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(export.ExportError, match=r"'onnxscript': pip install .*\[export\]"):
         export.to_onnx(model, tmp_path / "model.onnx")
@@ -155,6 +181,46 @@ def test_the_command_writes_checks_and_says_what_the_file_takes(
     assert "takes [1, 3, 16, 24]" in capsys.readouterr().out
     z = torch.export.load(out).module()(torch.zeros(1, 3, 16, 24, dtype=torch.bfloat16))
     assert z.shape == (1, 1, 16, 24)
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("_onnx", "ONNX Runtime refuses the program: "),
+        ("_TOLERANCE", "the program is off by"),
+    ],
+)
+def test_an_onnx_file_that_fails_its_check_is_not_written(
+    fault: str,
+    sentence: str,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(export, fault, {"_onnx": lambda *_: b"damaged", "_TOLERANCE": -1.0}[fault])
+    out = tmp_path / "model.onnx"
+    options = ("--format", "onnx", "--out", out, "--size", 16, 16)
+    assert command("--model", model_dir / "fast", *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"export: {out} is not written: {sentence}")
+    assert list(tmp_path.iterdir()) == []
+    out.write_text("an earlier export")
+    assert command("--model", model_dir / "fast", *options) == 2
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier export"]
+
+
+def test_without_onnx_runtime_the_command_says_that_nothing_was_checked(
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    options = ("--format", "onnx", "--out", tmp_path / "model.onnx", "--size", 16, 16)
+    assert command("--model", model_dir / "fast", *options) == 0
+    assert "not checked: onnxruntime is not installed" in capsys.readouterr().out
+    onnx.checker.check_model(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(

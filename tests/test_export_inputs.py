@@ -6,39 +6,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_predict import BAD_MODELS, run, save_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("saved") / "model")
-
-
-def expect_one_line(
-    capsys: pytest.CaptureFixture[str], code: object, phrase: str, folder: Path
-) -> None:
-    captured = capsys.readouterr()
-    assert code == 2
-    (line,) = captured.err.splitlines()
-    assert line.startswith("export: ")
-    assert phrase in line
-    assert captured.out == ""
-    assert list(folder.iterdir()) == []
+from saved_models import BAD_MODELS, expect_one_line, run
+from saved_models import model_dir as model_dir
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_bad_models(
-    case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage, phrase = BAD_MODELS[case]
-    shutil.copytree(model, tmp_path / "model")
+    shutil.copytree(model_dir, tmp_path / "model")
     damage(tmp_path / "model")
     folder = tmp_path / "out"
     folder.mkdir()
     code = run(
         "export", "--model", tmp_path / "model", "--format", "torch", "--out", folder / "model.pt2"
     )
-    expect_one_line(capsys, code, phrase, folder)
+    expect_one_line(capsys, code, phrase, folder, "export")
+    assert list(folder.iterdir()) == []
 
 
 TORCH = ("--format", "torch", "--out", "{}/model.pt2")
@@ -65,11 +50,12 @@ BAD_ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_arguments(
-    case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, phrase = BAD_ARGUMENTS[case]
     try:
-        code = run("export", "--model", model, *(a.format(tmp_path) for a in arguments))
+        code = run("export", "--model", model_dir, *(a.format(tmp_path) for a in arguments))
     except SystemExit as stop:  # argparse's own way out
         code = stop.code
-    expect_one_line(capsys, code, phrase, tmp_path)
+    expect_one_line(capsys, code, phrase, tmp_path, "export")
+    assert list(tmp_path.iterdir()) == []

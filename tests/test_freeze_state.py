@@ -110,6 +110,17 @@ def test_copies(duplicate: Callable[[FrozenResUNet], FrozenResUNet], dtype: torc
     assert not own & {tensor.data_ptr() for layer in layers(other) for _, tensor in layer.tensors()}
 
 
+def test_copies_of_a_wide_network_keep_its_kernels_and_nan(tmp_path: Path) -> None:
+    """Wide enough for Winograd's convolution, whose weights are packed again in every copy."""
+    described = config(base_width=32, width_factors=(1, 2), encoder="double_conv")
+    frozen = rf.freeze(lively(described.build()).float())
+    checkpoint.save(tmp_path, frozen, described)
+    z = frozen(X)
+    for other in (copy.deepcopy(frozen), checkpoint.load(tmp_path).network):
+        assert torch.equal(other(X), z)
+        assert other(torch.full_like(X, torch.nan)).isnan().any()
+
+
 def layers(frozen: FrozenResUNet) -> list[nn.Module]:
     return [module for module in frozen.modules() if hasattr(module, "tensors")]
 

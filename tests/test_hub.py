@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import ROOT, run_python
 
 import resunet_fast as rf
-from resunet_fast import checkpoint, cli
+from resunet_fast import checkpoint
 from resunet_fast.checkpoint import CheckpointError, ModelConfig, Normalisation, SavedModel
 from resunet_fast.hub import HubModel
-
-ROOT = Path(cli.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -142,22 +138,21 @@ def test_what_is_nowhere_is_one_sentence(name: str, tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def run_python(program: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=directory,
-        env=environment,
-    )
-
-
 def test_the_import_stays_light(tmp_path: Path) -> None:
     heavy = ["huggingface_hub", "safetensors", "PIL", "resunet_fast.testing", "resunet_fast.hub"]
     program = f"import sys, resunet_fast; print([n for n in {heavy} if n in sys.modules])"
-    result = run_python(program, tmp_path)
+    result = run_python("-c", program, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_import_brings_nothing_but_this_package_beside_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; before = set(sys.modules); import resunet_fast\n"
+        "new = {name.partition('.')[0] for name in sys.modules.keys() - before}\n"
+        "print(sorted(new - sys.stdlib_module_names))"
+    )
+    result = run_python("-c", program, cwd=tmp_path)
+    assert result.stdout.strip() == "['resunet_fast']", result.stderr
 
 
 def test_without_the_package_the_sentence_names_it(tmp_path: Path) -> None:
@@ -166,7 +161,7 @@ def test_without_the_package_the_sentence_names_it(tmp_path: Path) -> None:
         "import resunet_fast as rf\n"
         "rf.from_pretrained('x')"
     )
-    result = run_python(program, tmp_path)
+    result = run_python("-c", program, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert result.returncode == 1
     assert 'pip install "resunet_fast[hub]"' in result.stderr.splitlines()[-1]
 

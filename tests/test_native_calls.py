@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import native_calls as call
 import pytest
 import torch
+from children import run_python
 from native_calls import Norm, image
 from torch import Tensor
 
@@ -58,16 +57,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def in_subprocess(isa: str, code: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = os.environ | {"RESUNET_FAST_ISA": isa, "PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=Path(__file__).parent,
-    )
+    return run_python("-c", code, cwd=Path(__file__).parent, RESUNET_FAST_ISA=isa)
 
 
 @pytest.mark.parametrize("isa", native.build_info().get("isas", ["default"]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from networks import one_thread as one_thread
-from test_predict import config_of, run, save_model
+from saved_models import config_of, run
+from saved_models import model_dir as model_dir
 from test_predict_inputs import write_png
 from test_tiling import SIZE, TILE, core, network, picture
 from torch import Tensor
@@ -19,11 +21,6 @@ from resunet_fast.frozen import FrozenResUNet, build
 from resunet_fast.frozen.graphs import GraphCache
 from resunet_fast.segmentation import for_inference, segment
 from resunet_fast.tiling import cell_size, receptive_radius
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("saved") / "model")
 
 
 def save_frozen(directory: Path, model_dir: Path, dtype: torch.dtype) -> Path:
@@ -75,6 +72,15 @@ def test_a_directory_is_frozen_and_what_is_loaded_is_not(
     assert not seen
     np.testing.assert_allclose(result, expected, atol=1e-5)
     assert saved.network.outc.weight.requires_grad  # neither changed nor kept
+
+
+def test_frozen_once_for_many_images(model_dir: Path) -> None:
+    saved = checkpoint.load(model_dir)
+    model = replace(saved, network=rf.freeze(saved.network))
+    for size in ((20, 30), (41, 17)):
+        image = picture(*size)
+        expected = segment(model_dir, image, device="cpu").probability
+        np.testing.assert_array_equal(segment(model, image).probability, expected)
 
 
 def test_bfloat16_is_as_good_as_autocast(model_dir: Path) -> None:
@@ -138,6 +144,18 @@ def test_what_cannot_be_frozen_goes_on_as_it_is(
     np.testing.assert_array_equal(np.load(tmp_path / "x_probability.npy"), expected)
 
 
+def test_segment_warns_of_a_directory_that_it_cannot_freeze(
+    model_dir: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    directory, image = save_frozen(tmp_path / "frozen", model_dir, torch.float32), picture(20, 20)
+    with pytest.warns(UserWarning, match="not frozen for this: it is frozen in torch.float32") as w:
+        result = segment(directory, image, dtype="bfloat16", device="cpu").probability
+    assert w[0].filename == __file__
+    np.testing.assert_array_equal(result, segment(directory, image, device="cpu").probability)
+    segment(model_dir, image, device="cpu")
+    assert not recwarn.list
+
+
 def test_bfloat16_on_a_processor_without_it(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +189,7 @@ def test_explain_names_what_is_folded_packed_and_neither() -> None:
     explanation = rf.explain(rf.freeze(rf.ResUNet(3, 1, **shape)))
     assert explanation.blocks == {name: [] for name in blocks if name != "ups.0"}
     lines = str(explanation).splitlines()
-    assert lines[0] == "encoder_layers.0: folded and packed for oneDNN"
+    assert lines[0] == "encoder_layers.0: folded and packed"
     assert lines[-1] == "calls run layer by layer"
     other = rf.freeze(rf.ResUNet(3, 1, order="pre", upsample="transpose", **shape), torch.float64)
     explanation = rf.explain(other)
@@ -183,6 +201,14 @@ def test_explain_names_what_is_folded_packed_and_neither() -> None:
         f"conv2 {unpacked}",
     ]
     assert explanation.blocks["ups.0"][0].startswith("ATen's transposed convolution")
+
+
+def test_explain_says_how_calls_would_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = rf.freeze(rf.ResUNet(3, 1, base_width=4, width_factors=(1, 2)))
+    monkeypatch.setitem(frozen.__dict__, "device", torch.device("cuda"))
+    lines = str(rf.explain(frozen)).splitlines()
+    assert lines[0] == "encoder_layers.0: folded"
+    assert lines[-1].startswith("calls replay a CUDA graph, captured at the first of each shape")
 
 
 def test_the_card_of_a_frozen_model_counts_its_tensors(model_dir: Path, tmp_path: Path) -> None:

@@ -16,17 +16,13 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from test_predict import random_pixels, run, save_model
+from saved_models import expect_one_line, random_pixels, run
+from saved_models import model_dir as model_dir
 
 import resunet_fast as rf
 from resunet_fast import cli
 from resunet_fast.images import read_image, read_stored
 from resunet_fast.segmentation import segment
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("saved") / "model")
 
 
 def write_png(path: Path, height: int = 12, width: int = 14) -> Path:
@@ -77,34 +73,34 @@ def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
     assert isinstance(read_stored(tmp_path / "x.npy"), np.memmap)
 
 
-def test_the_python_side_has_the_same_features(model: Path, tmp_path: Path) -> None:
+def test_the_python_side_has_the_same_features(model_dir: Path, tmp_path: Path) -> None:
     image = write_png(tmp_path / "x.png", 50, 40)
-    result = rf.segment(model, image, tile=16, overlap=8, batch=2, device="cpu")
+    result = rf.segment(model_dir, image, tile=16, overlap=8, batch=2, device="cpu")
     arguments = ("--tile", 16, "--overlap", 8, "--batch", 2, "--save", "mask,probability")
-    assert run("predict", "--model", model, image, "--out", tmp_path / "out", *arguments) == 0
+    assert run("predict", "--model", model_dir, image, "--out", tmp_path / "out", *arguments) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "out/x_probability.npy"), result.probability)
 
 
 # Which files, and where the results go
 
 
-def test_folders_and_patterns(model: Path, tmp_path: Path) -> None:
+def test_folders_and_patterns(model_dir: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.JPG", "c.tif", "deeper/d.png"):
         write_png(tmp_path / "in" / name)
     np.save(tmp_path / "in" / "e.npy", random_pixels(8, 8, 3))
     (tmp_path / "in" / "notes.txt").write_text("not an image, and not taken for one")
     kinds = ("--save", "mask", "--out", tmp_path / "out")
-    assert run("predict", "--model", model, tmp_path / "in", *kinds) == 0
+    assert run("predict", "--model", model_dir, tmp_path / "in", *kinds) == 0
     assert names(tmp_path / "out") == [f"{stem}_mask.png" for stem in "abce"]
     shutil.rmtree(tmp_path / "out")
-    assert run("predict", "--model", model, tmp_path / "in" / "**" / "*.png", *kinds) == 0
+    assert run("predict", "--model", model_dir, tmp_path / "in" / "**" / "*.png", *kinds) == 0
     assert names(tmp_path / "out") == ["a_mask.png", "deeper/d_mask.png"]
 
 
-def test_the_same_stem_in_two_folders(model: Path, tmp_path: Path) -> None:
+def test_the_same_stem_in_two_folders(model_dir: Path, tmp_path: Path) -> None:
     images = [write_png(tmp_path / folder / "x.png", 9, 9 + i) for i, folder in enumerate("ab")]
     arguments = ("--save", "mask", "--out", tmp_path / "out")
-    assert run("predict", "--model", model, *images, *arguments) == 0
+    assert run("predict", "--model", model_dir, *images, *arguments) == 0
     assert names(tmp_path / "out") == ["a/x_mask.png", "b/x_mask.png"]
     for folder, width in (("a", 9), ("b", 10)):
         with Image.open(tmp_path / "out" / folder / "x_mask.png") as mask:
@@ -112,20 +108,20 @@ def test_the_same_stem_in_two_folders(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_named_twice_is_done_once(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = write_png(tmp_path / "in" / "x.png")
     arguments = (image, tmp_path / "in", image, "--out", tmp_path / "out")
-    assert run("predict", "--model", model, *arguments) == 0
+    assert run("predict", "--model", model_dir, *arguments) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_every_kind_of_result(model: Path, tmp_path: Path) -> None:
+def test_every_kind_of_result(model_dir: Path, tmp_path: Path) -> None:
     image = write_png(tmp_path / "x.png")
     kinds = "mask,overlay,probability,probability-png"
     out = tmp_path / "out"
-    assert run("predict", "--model", model, image, "--out", out, "--save", kinds) == 0
-    probability = segment(model, image).probability
+    assert run("predict", "--model", model_dir, image, "--out", out, "--save", kinds) == 0
+    probability = segment(model_dir, image).probability
     stored = np.load(out / "x_probability.npy", allow_pickle=False)
     assert stored.dtype == np.float32
     np.testing.assert_array_equal(stored, probability)
@@ -232,26 +228,13 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 @pytest.mark.parametrize("case", BAD_IMAGES)
 def test_bad_images(
-    case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, phrase = BAD_IMAGES[case]
     (tmp_path / "in").mkdir()
     image = make(tmp_path / "in")
-    code = run("predict", "--model", model, image, "--out", tmp_path / "out")
+    code = run("predict", "--model", model_dir, image, "--out", tmp_path / "out")
     expect_one_line(capsys, code, phrase, tmp_path)
-
-
-def expect_one_line(
-    capsys: pytest.CaptureFixture[str], code: object, phrase: str, tmp_path: Path
-) -> None:
-    captured = capsys.readouterr()
-    assert code == 2
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("predict: ")
-    assert phrase in lines[0]
-    assert captured.out == ""
-    assert not (tmp_path / "out").exists()
 
 
 BAD_ARGUMENTS: dict[str, tuple[tuple[object, ...], str]] = {
@@ -271,19 +254,22 @@ BAD_ARGUMENTS: dict[str, tuple[tuple[object, ...], str]] = {
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_arguments(
-    case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, phrase = BAD_ARGUMENTS[case]
     image = write_png(tmp_path / "x.png")
     try:
-        code = run("predict", "--model", model, image, "--out", tmp_path / "out", *arguments)
+        code = run("predict", "--model", model_dir, image, "--out", tmp_path / "out", *arguments)
     except SystemExit as stop:  # argparse's own way out
         code = stop.code
     expect_one_line(capsys, code, phrase, tmp_path)
 
 
 def test_an_unreadable_file(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Simulated: the administrator, who may run the tests, reads everything."""
     image = write_png(tmp_path / "x.png")
@@ -292,29 +278,29 @@ def test_an_unreadable_file(
         raise PermissionError(13, "Permission denied", str(image))
 
     monkeypatch.setattr("resunet_fast.images.Image.open", refuse)
-    code = run("predict", "--model", model, image, "--out", tmp_path / "out")
+    code = run("predict", "--model", model_dir, image, "--out", tmp_path / "out")
     expect_one_line(capsys, code, "x.png cannot be read: Permission denied", tmp_path)
 
 
 def test_the_code_says_whether_some_or_all_failed(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = write_png(tmp_path / "good.png"), content("bad.png", b"x")(tmp_path)
     out = ("--out", tmp_path / "out")
-    assert run("predict", "--model", model, bad, good, *out) == 1
+    assert run("predict", "--model", model_dir, bad, good, *out) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert names(tmp_path / "out") == ["good_mask.png", "good_overlay.png"]
-    assert run("predict", "--model", model, bad, *out) == 2
-    assert run("predict", "--model", model, good, tmp_path / "*.tif", *out) == 1
-    assert run("predict", "--model", model, good, *out) == 0
+    assert run("predict", "--model", model_dir, bad, *out) == 2
+    assert run("predict", "--model", model_dir, good, tmp_path / "*.tif", *out) == 1
+    assert run("predict", "--model", model_dir, good, *out) == 0
 
 
-def test_a_picture_that_is_damaged_far_down_writes_nothing(model: Path, tmp_path: Path) -> None:
+def test_a_picture_that_is_damaged_far_down_writes_nothing(model_dir: Path, tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((100, 20, 3))
     values[97, 3, 1] = np.nan
     np.save(tmp_path / "x.npy", values)
     arguments = ("--tile", 16, "--out", tmp_path / "out")
-    assert run("predict", "--model", model, tmp_path / "x.npy", *arguments) == 2
+    assert run("predict", "--model", model_dir, tmp_path / "x.npy", *arguments) == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -338,10 +324,10 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("kind", ["mask", "overlay"])
-def test_killed_while_writing(kind: str, model: Path, tmp_path: Path) -> None:
+def test_killed_while_writing(kind: str, model_dir: Path, tmp_path: Path) -> None:
     image = write_png(tmp_path / "x.png")
     out = tmp_path / "out"
-    arguments = ["predict", "--model", str(model), str(image), "--out", str(out)]
+    arguments = ["predict", "--model", str(model_dir), str(image), "--out", str(out)]
     assert run(*arguments) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     process = subprocess.Popen(

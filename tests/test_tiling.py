@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import VARIANTS, randomised, variant_id
@@ -18,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import resunet_fast as rf
-from resunet_fast import checkpoint, cli
+from resunet_fast import checkpoint
 from resunet_fast.checkpoint import ModelConfig, Normalisation
-from resunet_fast.segmentation import SegmentationError, segment
+from resunet_fast.segmentation import SegmentationError, Settings, segment
 from resunet_fast.tiling import bands, cell_size, receptive_radius, spans
 from resunet_fast.windows import windowed
 
@@ -202,6 +200,13 @@ def test_large_images_are_tiled_unasked() -> None:
     assert len(sizes) == 4
 
 
+def test_the_defaults_of_the_articles_network() -> None:
+    model = rf.create_model("resunet", base_width=1)
+    assert cell_size(model) == 16
+    assert receptive_radius(model) == 182
+    assert Settings().sizes(16) == (512, 128)
+
+
 def test_bfloat16_rounds_and_float32_does_not() -> None:
     model, image = network().float(), picture(64, 64)
     exact = segment(model.double(), image).probability
@@ -290,14 +295,7 @@ def peak_bytes(directory: Path, size: int, *settings: str, **options: object) ->
     image = directory / "image.tif"
     Image.fromarray(np.broadcast_to(stripes, (size, size, 3)).copy()).save(image)
     paths = [str(directory / name) for name in ("model", "image.tif", "out")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *paths, *settings],
-        capture_output=True,
-        text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=directory,
-    )
+    result = run_python("-c", PROGRAM, *paths, *settings, cwd=directory, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     probability = np.load(directory / "out" / "image_probability.npy", mmap_mode="r")
     assert probability.shape == (size, size)

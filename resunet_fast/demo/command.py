@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from resunet_fast.checkpoint import (
     save,
     write_atomically,
 )
+from resunet_fast.cli import OneLineParser
 from resunet_fast.demo.dataset import (
     CROP,
     Batch,
@@ -48,6 +48,7 @@ from resunet_fast.demo.measure import (
 from resunet_fast.demo.report import Results, figure, table
 from resunet_fast.demo.training import LEARNING_RATE, Contestant, enter, train
 from resunet_fast.demo.verdict import agreement_complaints, curve_complaints, quality_complaints
+from resunet_fast.images import to_png
 from resunet_fast.segmentation import SegmentationError, pick_device
 
 MODEL = "resunet"
@@ -228,9 +229,7 @@ def write(run: Run, results: Results, out: Path, shown: Sequence[tuple[Mask, Mas
     paths = []
     for number, scene in enumerate(run.examples(), start=1):
         path = examples / f"{number}_{scene.photograph}.png"
-        buffer = io.BytesIO()
-        Image.fromarray(scene.image).save(buffer, "PNG")
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, to_png(Image.fromarray(scene.image)))
         paths.append(path)
     return paths
 
@@ -306,7 +305,7 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m resunet_fast demo",
         description="Train the fast and the plain model side by side on handwritten digits "
         "composited onto photographs (nothing is downloaded), compare them and write a report.",

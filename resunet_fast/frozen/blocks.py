@@ -9,7 +9,6 @@ or which is a concatenation: it stays a pass of its own, together with its ReLU.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules.fused import UPSAMPLE as MODES
@@ -58,7 +57,7 @@ class FrozenBlock(Sealed):
         return z
 
     def reservations(self) -> list[str]:
-        """Say what is not folded, or not laid out for oneDNN."""
+        """Say what is not folded, or whose weight is not packed."""
         own = ["norm is a pass of its own: others read its input"] if self.norm is not None else []
         convolutions = {"conv1": self.conv1, "conv2": self.conv2, "shortcut": self.shortcut}
         return own + [
@@ -67,13 +66,6 @@ class FrozenBlock(Sealed):
             if convolution is not None
             for reason in convolution.reservations()
         ]
-
-
-def down(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run an encoder block and pool its result; (skip, pooled)."""
-    # ATen's pooling: a hundredth of the convolutions beside it (measured, channels_last).
-    skip = block(x)
-    return skip, F.max_pool2d(skip, 2)
 
 
 def up(block: nn.Module, low: Tensor, skip: Tensor, mode: str) -> Tensor:

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..models.wiring import PLAIN_STAGES, Stages, Wiring
-from .blocks import down, up
+from ..models.wiring import CHOICES, PLAIN_STAGES, Stages, Wiring
+from .blocks import up
 from .build import check_dtype, freeze_block, freeze_conv
 from .errors import LayerErrors, layer_errors
 from .graphs import GraphCache, cuda_capture
 from .layers import FrozenTransposed, Layer
 from .sealed import HOLDS_NAN, FrozenError, Sealed, SealedList, seal, symbolic
-
-_CHOICES = (
-    "in_channels",
-    "num_classes",
-    "widths",
-    "encoder",
-    "order",
-    "downsample",
-    "upsample",
-    "decoder_residual",
-)
 
 
 class FrozenResUNet(Sealed, Wiring):
@@ -42,14 +32,12 @@ class FrozenResUNet(Sealed, Wiring):
     device: torch.device
     _finite: bool
     _graphs: GraphCache | None
-    stages: ClassVar[Stages] = Stages(
-        PLAIN_STAGES.double_conv, PLAIN_STAGES.res_block, PLAIN_STAGES.pre_res_block, down, up
-    )
+    stages: ClassVar[Stages] = replace(PLAIN_STAGES, up=up)
 
     def __init__(self, model: Wiring, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         check_dtype(dtype, model.outc.weight.device)
-        for name in _CHOICES:
+        for name in ("in_channels", "num_classes", *CHOICES):
             setattr(self, name, getattr(model, name))
         self.dtype = dtype
         self.encoder_layers = self._frozen("encoder_layers", model.encoder_layers)

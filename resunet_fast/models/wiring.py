@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..modules.plain import DoubleConv, Order, PreActResBlock, ResBlock, projection
 
 __all__ = [
+    "CHOICES",
     "PLAIN_STAGES",
     "ListingWiring",
     "Stages",
@@ -32,6 +33,9 @@ Downsample = Literal["maxpool", "stride"]
 Upsample = Literal["bilinear", "nearest", "transpose"]
 Interpolation = Literal["none", "nearest", "bilinear"]
 Choice = TypeVar("Choice", bound=str)
+
+# What a network is beside its channels, by the names of its attributes.
+CHOICES = ("widths", "encoder", "order", "downsample", "upsample", "decoder_residual")
 
 
 def plain_enlarge(up: nn.Module, low: Tensor, size: tuple[int, int] | None) -> Tensor:
@@ -239,8 +243,7 @@ class Wiring(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the choices that the modules' own lines do not show."""
-        names = ("widths", "encoder", "order", "downsample", "upsample", "decoder_residual")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in CHOICES)
 
 
 class ListingWiring(Wiring):
