@@ -6,8 +6,7 @@ from typing import Any
 
 import triton.language as tl
 
-from ..bn_act.triton_builds import DTYPES, launch
-from ..triton_build import Build
+from ..triton_build import DTYPES, Build, launch
 from . import triton_device as device
 from .reference import MODES
 from .triton_tiling import BACKWARD, FORWARD, Blocks, block_of, readers
