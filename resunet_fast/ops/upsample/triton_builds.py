@@ -45,7 +45,7 @@ def _forward(dtype: str, last: bool, mode: str) -> Build:
 
 def _backward(dtype: str, last: bool, mode: str) -> Build:
     images = dict.fromkeys(("p_dy", "p_dx"), f"*{dtype}")
-    operands: dict[str, Any] = {**images, "channels": 2 * CHANNELS, **_sizes()}
+    operands: dict[str, Any] = {**images, **_sizes()}
     terms = dict.fromkeys(("ROWS", "COLUMNS"), readers(SIZE, 2 * SIZE, mode))
     constants = {**_blocks(BACKWARD, SIZE, last, mode), **terms}
     name = _name("bwd", dtype, last, mode)
