@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,8 +54,8 @@ class GuardBands(TorchDispatchMode):
             return tensor
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         extent = 1 + sum((size - 1) * stride for size, stride in steps)
-        buffer = torch.full((extent + 2 * BAND,), poison(tensor.dtype), dtype=tensor.dtype)
-        band = torch.ones(buffer.shape, dtype=torch.bool)
+        buffer = tensor.new_full((extent + 2 * BAND,), poison(tensor.dtype))
+        band = torch.ones_like(buffer, dtype=torch.bool)
         place = (tensor.shape, tensor.stride(), BAND)
         band.as_strided(*place).fill_(False)
         self.guarded.append((buffer, band))
@@ -100,7 +101,7 @@ def calls(case: Case, backend: str, dtype: torch.dtype, layout: torch.memory_for
     return recorder.calls
 
 
-def check(name: str, arguments: tuple[Any, ...], backend: str) -> None:
+def check(name: str, arguments: Sequence[Any], backend: str) -> None:
     """Compute once as it is and once between guard bands: the same bits, and the bands intact."""
     compute = OPERATORS[name].implementations[backend].compute
     plain = [_copied(value) for value in arguments]

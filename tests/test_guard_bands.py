@@ -94,9 +94,9 @@ def test_cases_between_bands(case: Case, layout: str) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_between_bands(momentum: float | None) -> None:
-    vectors = [torch.rand(19) for _ in range(5)]
-    mean, var, new_mean, new_var, bias = vectors
-    counter = torch.tensor(3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mean, var, new_mean, new_var, bias = torch.rand(5, 19, device=device)
+    counter = torch.tensor(3, device=device)
     arguments = (mean, var, counter, new_mean, new_var, bias, 12, momentum)
     check("update_running_stats", arguments, "triton")
 

@@ -21,6 +21,7 @@ from resunet_fast import native, registry
 from resunet_fast.functional import Conv
 from resunet_fast.ops.backends import triton_refusals
 from resunet_fast.registry import OPERATORS, Implementation, forced_backend
+from resunet_fast.testing import CASES, make_inputs
 
 needs_native = pytest.mark.skipif(
     bool(native.unavailable()), reason="; ".join(native.unavailable())
@@ -178,6 +179,17 @@ def test_every_operator_has_a_reference_that_comes_last() -> None:
         names = list(operator.implementations)
         assert names[-1] == "reference"
         assert names == sorted(names, key=registry.PREFERENCE.index)
+
+
+def test_tensors_on_the_cpu_raise_no_question_about_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> None:
+        raise AssertionError("a call on the CPU asked about CUDA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
+    monkeypatch.setattr(native, "cuda_unavailable", asked)
+    for case in CASES:
+        chosen = rf.explain(case.operator, *make_inputs(case, torch.float32)).chosen
+        assert chosen in ("cpu", "reference")
 
 
 def test_triton_refuses_tensors_on_two_gpus() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import guard_bands
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,20 +97,18 @@ def test_no_output_that_reads_an_input_is_left_out(mode: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
 @modes
 @layouts
-def test_a_skip_is_copied_and_its_gradient_separated(
+def test_a_skip_is_copied_and_the_gradient_of_a_slice_gathered(
     layout: str, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dtype == torch.float64:
         monkeypatch.setattr(kernel, "blocks_for", lambda *, backward: SMALL)
     x, skip = image(layout, 2, 5, 3, 4, dtype=dtype), image(layout, 2, 3, 6, 7, dtype=dtype)
-    y = kernel.concatenate(x, skip, (6, 7), mode)
-    assert y.stride() == image(layout, 2, 8, 6, 7).stride()
+    y = image(layout, 2, 8, 6, 7, dtype=dtype)
+    kernel.write(x, skip, mode, y)
     assert torch.equal(y[:, :5], kernel.forward(x, (6, 7), mode))
     assert torch.equal(y[:, 5:], skip)
     dy = torch.empty_like(y).copy_(image(layout, *y.shape, seed=2))
-    dx, dskip = kernel.separate(dy, x.shape, mode)
-    assert torch.equal(dskip, dy[:, 5:])
-    assert dskip.stride() == skip.stride()
+    dx = kernel.backward(dy[:, :5], (3, 4), mode)
     assert dx.stride() == x.stride()
     judge = reference.backward(dy[:, :5].double(), (3, 4), mode)
     assert_close("gradient", dx, judge, 4 * tolerance(dtype, 64))
@@ -118,33 +117,10 @@ def test_a_skip_is_copied_and_its_gradient_separated(
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("mode", ["nearest", "bilinear_align_corners"])
 @layouts
-def test_nothing_beside_an_image_is_read_or_written(
-    layout: str, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    buffers = []
-
-    def between_bands(values: Tensor, mark: float) -> Tensor:
-        buffer = values.new_full((values.numel() + 129,), mark)
-        buffers.append(buffer)
-        return buffer.as_strided(values.shape, values.stride(), 65).copy_(values)
-
-    def empty(like: Tensor, shape: list[int], layout: torch.memory_format) -> Tensor:
-        values = torch.empty(shape, memory_format=layout, dtype=like.dtype, device=like.device)
-        return between_bands(values.fill_(torch.nan), 77.0)
-
-    x, skip = image(layout, 2, 5, 3, 4), image(layout, 2, 3, 7, 5)
-    expected = kernel.concatenate(x, skip, (7, 5), mode)
-    x, skip = between_bands(x, torch.nan), between_bands(skip, torch.nan)
-    dy = between_bands(expected, torch.nan)
-    buffers.clear()
-    monkeypatch.setattr(kernel, "empty", empty)
-    assert torch.equal(kernel.concatenate(x, skip, (7, 5), mode), expected)
-    dx, dskip = kernel.separate(dy, x.shape, mode)
-    judge = reference.backward(expected[:, :5], (3, 4), mode)
-    assert_close("gradient", dx, judge, 4 * tolerance(torch.float64, 64))
-    assert torch.equal(dskip, expected[:, 5:])
-    assert len(buffers) == 3
-    assert all((b[:65] == 77.0).all() and (b[-64:] == 77.0).all() for b in buffers)
+def test_nothing_beside_an_image_is_read_or_written(layout: str, mode: str) -> None:
+    x, skip, y = (image(layout, 2, c, *size) for c, size in ((5, (3, 4)), (3, (7, 5)), (8, (7, 5))))
+    guard_bands.check("upsample_concat", (x, skip, y, mode), "triton")
+    guard_bands.check("upsample_backward", (image(layout, 2, 5, 7, 5), (3, 4), mode), "triton")
 
 
 @pytest.mark.parametrize("count", [0, 2, 24])

@@ -1,3 +1,5 @@
+#include <numeric>
+
 #include "operators.h"
 
 namespace rf::cuda {
@@ -5,14 +7,7 @@ namespace {
 
 // A vector must not reach from the input's channels into the skip's.
 int64_t common_run(const Image& input, const Image& skip) {
-  if (!input.channels_last) return 1;
-  int64_t a = input.c, b = skip.c;
-  while (b != 0) {
-    const int64_t rest = a % b;
-    a = b;
-    b = rest;
-  }
-  return a;
+  return input.channels_last ? std::gcd(input.c, skip.c) : 1;
 }
 
 void upsample_forward(

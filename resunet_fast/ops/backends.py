@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,34 +13,51 @@ from .. import environment, native
 from ..registry import Operator, nothing, register_backend, select
 
 NATIVE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (*NATIVE_DTYPES, torch.int64)  # counters
+
+
+def unsuited(
+    inputs: Sequence[Any],
+    *,
+    gpu: bool = False,
+    cpu: bool = False,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> list[str]:
+    """Say what stands against the first tensor that lies elsewhere or has another dtype.
+
+    Refusals begin with it: no call on the CPU asks what there is for GPUs.
+
+    Args:
+        inputs: an operator's arguments, tensors and others.
+        gpu, cpu: where tensors may lie.
+        dtypes: that tensors may have; None: any.
+    """
+    for tensor in inputs:
+        if isinstance(tensor, Tensor):
+            if not ((gpu and tensor.is_cuda) or (cpu and tensor.is_cpu)):
+                where = "an NVIDIA GPU" if gpu else "the CPU"
+                return [f"it needs tensors on {where}, got one on {tensor.device}"]
+            if dtypes is not None and tensor.dtype not in dtypes:
+                return [f"it has no {tensor.dtype} kernels"]
+    return []
+
+
+def _devices(inputs: Sequence[Any]) -> list[torch.device]:
+    return [value.device for value in inputs if isinstance(value, Tensor)]
 
 
 def cpu_refusals(*inputs: Any) -> list[str]:
     """What the C++ CPU implementations have against some operator arguments."""
-    reasons = native.unavailable()
-    if reasons:
-        return reasons
-    for tensor in inputs:
-        if isinstance(tensor, Tensor):
-            if not tensor.is_cpu:
-                return [f"it needs tensors on the CPU, got one on {tensor.device}"]
-            if tensor.dtype not in NATIVE_DTYPES and tensor.dtype != torch.int64:
-                return [f"it has no {tensor.dtype} kernels"]
-    return reasons
+    return unsuited(inputs, cpu=True, dtypes=_KERNEL_DTYPES) or native.unavailable()
 
 
 def cuda_refusals(*inputs: Any) -> list[str]:
     """What the CUDA C++ implementations have against some operator arguments."""
-    reasons = native.cuda_unavailable()
-    if reasons:
-        return reasons
-    for tensor in inputs:
-        if isinstance(tensor, Tensor):
-            if not tensor.is_cuda:
-                return [f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
-            if tensor.dtype not in NATIVE_DTYPES and tensor.dtype != torch.int64:
-                return [f"it has no {tensor.dtype} kernels"]
-    return native.device_refusals(next(t.device for t in inputs if isinstance(t, Tensor)))
+    return (
+        unsuited(inputs, gpu=True, dtypes=_KERNEL_DTYPES)
+        or native.cuda_unavailable()
+        or native.device_refusals(_devices(inputs)[0])
+    )
 
 
 def triton_unavailable() -> list[str]:
@@ -54,20 +71,21 @@ def triton_unavailable() -> list[str]:
 
 def triton_refusals(*inputs: Any) -> list[str]:
     """What every Triton implementation has against some operator arguments."""
-    reasons = triton_unavailable()
     interpreted = environment.triton_interpreted()
-    device = None
-    for tensor in inputs:
-        if isinstance(tensor, Tensor):
-            if not (tensor.is_cuda or (interpreted and tensor.device.type == "cpu")):
-                return [*reasons, f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
-            # Triton itself would launch, and read the other GPU's addresses.
-            device = device or tensor.device
-            if tensor.device != device:
-                return [*reasons, f"it needs tensors on one GPU, got {device} and {tensor.device}"]
-            if tensor.dtype not in NATIVE_DTYPES and tensor.dtype != torch.int64:
-                return [*reasons, f"it has no {tensor.dtype} kernels"]
-    return reasons
+    return (
+        unsuited(inputs, gpu=True, cpu=interpreted, dtypes=_KERNEL_DTYPES)
+        or _on_two_gpus(inputs)
+        or triton_unavailable()
+    )
+
+
+def _on_two_gpus(inputs: Sequence[Any]) -> list[str]:
+    # Triton itself would launch, and read the other GPU's addresses.
+    first, *others = _devices(inputs)
+    for other in others:
+        if other != first:
+            return [f"it needs tensors on one GPU, got {first} and {other}"]
+    return []
 
 
 def triton_declines(*_: Any) -> list[str]:

@@ -23,6 +23,11 @@ def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     return tensor.contiguous(memory_format=layout)
 
 
+def channels_innermost(tensor: Tensor) -> Tensor:
+    """Return the tensor itself if its channels lie innermost, strided or not, else a copy."""
+    return tensor if tensor.stride(1) == 1 else dense(tensor, torch.channels_last)
+
+
 def empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
     """Allocate an uninitialised tensor of `like`'s dtype and device, dense in `layout`."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)

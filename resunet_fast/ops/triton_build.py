@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,42 @@ def signature_of(
         name: given.get(name, "constexpr" if name in constexprs else "i32")
         for name in kernel.arg_names
     }
+
+
+def launch(
+    name: str,
+    kernel: Any,
+    operands: Mapping[str, str | int | None],
+    constants: Mapping[str, Any],
+    *,
+    vector: bool,
+    num_warps: int = 4,
+) -> Build:
+    """Describe a launch as Triton would specialise it: sizes of 1, and of multiples of 16.
+
+    Args:
+        name: of the build.
+        kernel: the `@triton.jit` function.
+        operands: of every argument that is no constant, its type, a representative size, or None.
+        constants: the rest.
+        vector: whether images are aligned and must be read and written 16 bytes at a time.
+        num_warps: as in a launch.
+    """
+    folded = {k: v for k, v in operands.items() if v is None or (isinstance(v, int) and v == 1)}
+    constants = {**constants, **folded}
+    types = {k: v for k, v in operands.items() if isinstance(v, str)}
+    aligned = tuple(
+        k
+        for k, v in operands.items()
+        if k not in folded and (v % 16 == 0 if isinstance(v, int) else str(v).startswith("*"))
+    )
+    demands = {"no_spills", "vector_16_bytes"} if vector else {"no_spills"}
+    return Build(
+        name,
+        kernel,
+        signature_of(kernel, types, constants),
+        constants,
+        aligned=aligned,
+        num_warps=num_warps,
+        demands=frozenset(demands),
+    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
 
-from ..triton_build import Build
+from ..triton_build import DTYPES, Build, launch
 from . import triton_backward as bwd
 from . import triton_blocks as device
 from . import triton_forward as fwd
@@ -24,47 +24,6 @@ from .triton_tiling import (
 )
 
 IMAGES, CHANNELS, SIZE = 16, 64, 512
-DTYPES = ("bf16", "fp16", "fp32")
-
-
-def launch(
-    name: str,
-    kernel: Any,
-    operands: Mapping[str, str | int | None],
-    constants: Mapping[str, Any],
-    *,
-    vector: bool,
-    num_warps: int = 4,
-) -> Build:
-    """Describe a launch as Triton would specialise it: sizes of 1, and of multiples of 16.
-
-    Args:
-        name: of the build.
-        kernel: the `@triton.jit` function.
-        operands: of every argument that is no constant, its type, a representative size, or None.
-        constants: the rest.
-        vector: whether images are aligned and must be read and written 16 bytes at a time.
-        num_warps: as in a launch.
-    """
-    folded = {k: v for k, v in operands.items() if v is None or (isinstance(v, int) and v == 1)}
-    constants = {**constants, **folded}
-    types = {k: v if isinstance(v, str) else "i32" for k, v in operands.items()}
-    signature = {k: "constexpr" if k in constants else types[k] for k in kernel.arg_names}
-    aligned = tuple(
-        k
-        for k, v in operands.items()
-        if k not in folded and (v % 16 == 0 if isinstance(v, int) else str(v).startswith("*"))
-    )
-    demands = {"no_spills", "vector_16_bytes"} if vector else {"no_spills"}
-    return Build(
-        name,
-        kernel,
-        signature,
-        constants,
-        aligned=aligned,
-        num_warps=num_warps,
-        demands=frozenset(demands),
-    )
 
 
 def builds() -> list[Build]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import environment
 from ...registry import Refusals
 from ...tuning import ConvProblem, Measurement, lookup
-from ..backends import cudnn_unavailable, triton_declines, triton_refusals
+from ..backends import cudnn_unavailable, triton_declines, triton_refusals, unsuited
 from ..layout import layout_of
 
 # Compute capabilities, both ends included, that the kernels are made for.
@@ -92,10 +92,7 @@ def cudnn(describe: Describe) -> Rules:
     rival = triton(describe)
 
     def refusals(*inputs: Any) -> list[str]:
-        for tensor in inputs:
-            if isinstance(tensor, Tensor) and not tensor.is_cuda:
-                return [f"it needs tensors on an NVIDIA GPU, got one on {tensor.device}"]
-        return cudnn_unavailable()
+        return unsuited(inputs, gpu=True) or cudnn_unavailable()
 
     def declines(*inputs: Any) -> list[str]:
         if rival.declines(*inputs) or rival.refusals(*inputs):

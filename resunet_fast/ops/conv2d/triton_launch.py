@@ -13,12 +13,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import environment
 from ...tuning import ConvConfig, ConvProblem, lookup, pick
-from ..layout import accumulator, dense, empty
+from ..layout import accumulator, channels_innermost, dense, empty
 from ..triton_dtype import accumulator_type, precision, upcast
 from .triton_epilogue import bn_stats_merge_kernel
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
-from .triton_wgrad import channels_innermost
 
 MERGED_TILES = 128
 MERGED_FILTERS = 16

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import environment
-from ..layout import accumulator, dense
+from ..layout import accumulator, channels_innermost
 from ..triton_build import Build, signature_of
 from ..triton_dtype import accumulator_type, precision, upcast
 from .triton_wgrad_kernels import (
@@ -267,11 +267,6 @@ def _sum_partials(partials: Tensor, result: Tensor) -> None:
         *(partials, result, splits, rows * c, result.stride(0)),
         *(c, block_s, block_e, accumulator_type(result)),
     )
-
-
-def channels_innermost(tensor: Tensor) -> Tensor:
-    """Return the tensor itself if its channels lie innermost, whatever its other strides."""
-    return tensor if tensor.stride(1) == 1 else dense(tensor, torch.channels_last)
 
 
 def _multiprocessors(tensor: Tensor) -> int:

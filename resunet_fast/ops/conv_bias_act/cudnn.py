@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import cudnn_unavailable
+from ..backends import cudnn_unavailable, unsuited
 from ..conv2d.op import output_layout
 from ..layout import dense
 
@@ -21,9 +21,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def refusals(*inputs: Any) -> list[str]:
     """What cuDNN's fused convolution has against the operator's arguments."""
     x, weight, _, _, relu = inputs[:5]
-    reasons = list(cudnn_unavailable())
-    if not x.is_cuda:
-        return [*reasons, f"it needs tensors on an NVIDIA GPU, got one on {x.device}"]
+    reasons = unsuited([x], gpu=True) or cudnn_unavailable()
     if not relu:
         reasons.append("cuDNN's fused convolution always ends in a ReLU")
     if x.dtype not in _DTYPES:

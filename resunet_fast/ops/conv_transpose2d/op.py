@@ -56,7 +56,7 @@ def _fake_backward(
 def _triton_refusals(*inputs: Any) -> list[str]:
     first: Tensor = inputs[0]
     if first.is_cuda and first.dtype in (torch.float32, torch.float64):
-        return [*triton_refusals(*inputs), f"it has no {first.dtype} products on a GPU"]
+        return [f"it has no {first.dtype} products on a GPU"]
     return triton_refusals(*inputs)
 
 

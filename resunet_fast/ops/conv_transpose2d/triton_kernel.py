@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..conv2d.op import output_layout
-from ..conv2d.triton_wgrad import bias_gradient, block, channels_innermost, weight_gradient
-from ..layout import dense, empty, layout_of
+from ..conv2d.triton_wgrad import bias_gradient, block, weight_gradient
+from ..layout import channels_innermost, dense, empty, layout_of
 from ..triton_build import Build, signature_of
 from ..triton_dtype import accumulator_type, upcast
 

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..bn_act.triton_builds import launch
-from ..triton_build import Build
+from ..triton_build import Build, launch
 
 BLOCK_C = 1024
 

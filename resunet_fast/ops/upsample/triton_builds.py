@@ -6,8 +6,7 @@ from typing import Any
 
 import triton.language as tl
 
-from ..bn_act.triton_builds import DTYPES, launch
-from ..triton_build import Build
+from ..triton_build import DTYPES, Build, launch
 from . import triton_device as device
 from .reference import MODES
 from .triton_tiling import BACKWARD, FORWARD, Blocks, block_of, readers
@@ -46,7 +45,7 @@ def _forward(dtype: str, last: bool, mode: str) -> Build:
 
 def _backward(dtype: str, last: bool, mode: str) -> Build:
     images = dict.fromkeys(("p_dy", "p_dx"), f"*{dtype}")
-    operands: dict[str, Any] = {**images, "channels": 2 * CHANNELS, **_sizes()}
+    operands: dict[str, Any] = {**images, **_sizes()}
     terms = dict.fromkeys(("ROWS", "COLUMNS"), readers(SIZE, 2 * SIZE, mode))
     constants = {**_blocks(BACKWARD, SIZE, last, mode), **terms}
     name = _name("bwd", dtype, last, mode)

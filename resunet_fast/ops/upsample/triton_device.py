@@ -148,7 +148,6 @@ def upsample_bwd_kernel(
     p_dy,
     p_dx,
     C,
-    channels,
     H,
     W,
     OH,
@@ -162,10 +161,8 @@ def upsample_bwd_kernel(
     COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Gather the gradient of x [N, C, H, W] from the first C of dy's channels, in a fixed order."""
-    # The same numbers, which the compiler then knows to be multiples of UNIT.
-    C = C // UNIT * UNIT
-    channels = channels // UNIT * UNIT
+    """Gather the gradient of x [N, C, H, W] from that of y [N, C, OH, OW], in a fixed order."""
+    C = C // UNIT * UNIT  # the same number, which the compiler then knows to be a multiple of UNIT
     channel_blocks = tl.cdiv(C, BLOCK_C)
     pixels = tl.cast(H, tl.int64) * W
     pixel_blocks = tl.cdiv(pixels, BLOCK_P)
@@ -183,7 +180,7 @@ def upsample_bwd_kernel(
         b_at = (b_top + r).to(tl.int64) * OW
         for s in tl.range(0, COLUMNS, loop_unroll_factor=4):
             b_share = b_down * share(b_left + s, b_column, W, OW, MODE, ACC)  # [BLOCK_P]
-            o = offsets(i_n, b_at + b_left + s, b_c, channels, target, CHANNELS_LAST)
+            o = offsets(i_n, b_at + b_left + s, b_c, C, target, CHANNELS_LAST)
             m = ((b_share != 0.0) & (b_row < H))[:, None] & m_c
             b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             b_dx += b_share[:, None] * b_dy

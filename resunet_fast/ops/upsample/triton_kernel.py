@@ -19,29 +19,20 @@ from .triton_tiling import block_of, blocks_for, readers
 
 def forward(input: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """Compute as the reference does."""
-    return concatenate(input, None, size, mode)
+    output = empty(input, (*input.shape[:2], *size), layout_of(input))
+    write(input, None, mode, output)
+    return output
 
 
-def concatenate(input: Tensor, skip: Tensor | None, size: Sequence[int], mode: str) -> Tensor:
+def write(input: Tensor, skip: Tensor | None, mode: str, output: Tensor) -> None:
     """Resize `input` and put `skip` behind it along the channels, in one pass.
 
     Args:
         input: [N, C, H, W].
         skip: [N, S, H', W'], same dtype, or None.
-        size: (H', W').
         mode: one of MODES.
-
-    Returns:
-        [N, C + S, H', W'] in the layout of `input`.
+        output: [N, C + S, H', W'], dense, filled here.
     """
-    channels = input.shape[1] + (0 if skip is None else skip.shape[1])
-    output = empty(input, (input.shape[0], channels, *size), layout_of(input))
-    write(input, skip, mode, output)
-    return output
-
-
-def write(input: Tensor, skip: Tensor | None, mode: str, output: Tensor) -> None:
-    """Fill `output`, which is dense, with what :func:`concatenate` returns."""
     layout = layout_of(output)
     x, behind = dense(input, layout), None if skip is None else dense(skip, layout)
     n, c, h, w = x.shape
@@ -79,34 +70,12 @@ def write(input: Tensor, skip: Tensor | None, mode: str, output: Tensor) -> None
 def backward(grad_output: Tensor, input_size: Sequence[int], mode: str) -> Tensor:
     """Compute as the reference does."""
     layout = layout_of(grad_output)
-    shape = (*grad_output.shape[:2], *input_size)
-    return _gather(dense(grad_output, layout), shape, mode, layout)
-
-
-def separate(grad: Tensor, input_shape: Sequence[int], mode: str) -> tuple[Tensor, Tensor]:
-    """Undo :func:`concatenate` for gradients: those of `input` and of `skip`.
-
-    Args:
-        grad: [N, C + S, H', W'].
-        input_shape: (N, C, H, W).
-        mode: one of MODES.
-
-    Returns:
-        [N, C, H, W] and [N, S, H', W'] in the layout of `grad`.
-    """
-    layout = layout_of(grad)
-    behind = grad[:, input_shape[1] :]
-    grad_skip = empty(grad, behind.shape, layout).copy_(behind)
-    return _gather(dense(grad, layout), input_shape, mode, layout), grad_skip
-
-
-def _gather(dy: Tensor, shape: Sequence[int], mode: str, layout: torch.memory_format) -> Tensor:
-    """Gradient of an input of this shape from the first of dy's channels."""
-    dx = empty(dy, shape, layout)
+    dy = dense(grad_output, layout)
+    dx = empty(dy, (*dy.shape[:2], *input_size), layout)
     if dx.numel() == 0:
         return dx
-    n, c, h, w = shape
-    channels, height, width = dy.shape[1:]
+    n, c, h, w = dx.shape
+    height, width = dy.shape[2:]
     last = layout == torch.channels_last
     held = blocks_for(backward=True)
     block_p, block_c = block_of(held, c, h * w, last)
@@ -116,14 +85,13 @@ def _gather(dy: Tensor, shape: Sequence[int], mode: str, layout: torch.memory_fo
             dy,
             dx,
             c,
-            channels,
             h,
             w,
             height,
             width,
             BLOCK_P=block_p,
             BLOCK_C=block_c,
-            UNIT=math.gcd(c, channels, 16) if last else 1,
+            UNIT=math.gcd(c, 16) if last else 1,
             CHANNELS_LAST=last,
             MODE=MODES.index(mode),
             ROWS=readers(h, height, mode),
