@@ -40,12 +40,13 @@ def variants(device: str) -> list[tuple[str, str, Callable[[], Tensor]]]:
     bn = nn.BatchNorm2d(CHANNELS).to(device)
     conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False, device=device)
     running = (bn.running_mean, bn.running_var, bn.weight, bn.bias, True)
+    norm, weights = Norm.of(bn), Conv.of(conv)  # as eager's functions take their tensors
 
     def bn_act() -> Any:
-        return rf.functional.bn_act(x, Norm.of(bn), residual=residual)
+        return rf.functional.bn_act(x, norm, residual=residual)
 
     def conv_bn_act() -> Any:
-        return rf.functional.conv_bn_act(x, Conv.of(conv), Norm.of(bn), residual=residual)
+        return rf.functional.conv_bn_act(x, weights, norm, residual=residual)
 
     found: list[tuple[str, str, Callable[[], Tensor]]] = [
         ("bn_act", "eager", lambda: (F.batch_norm(x, *running) + residual).relu()),

@@ -5,19 +5,14 @@
 #ifdef USE_CUDA
 #include <torch/csrc/stable/accelerator.h>
 #endif
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
-namespace rf {
+#include "tensor.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+namespace rf {
 
 // Not STD_TORCH_CHECK: that puts the source file's path in front of the sentence.
 template <class... Parts>
@@ -72,8 +67,22 @@ inline bool dense_in_order(const Tensor& t, const int (&order)[4]) {
   return true;
 }
 
+// An argument's name in two parts, put together only for a refusal.
+struct Name {
+  Name(const char* name) : Name("", name) {}
+
+  Name(const char* prefix, const char* name) : prefix(prefix), name(name) {}
+
+  const char* prefix;
+  const char* name;
+};
+
+inline std::ostream& operator<<(std::ostream& text, const Name& name) {
+  return text << name.prefix << name.name;
+}
+
 // A call runs on the GPU, which is then the current one, if any of its tensors is on one.
-inline void check_device(const char* op, const char* name, const Tensor& t) {
+inline void check_device(const char* op, const Name& name, const Tensor& t) {
 #ifdef USE_CUDA
   const int32_t device = torch::stable::accelerator::getCurrentDeviceIndex();
   if (!t.is_cuda() || t.get_device_index() != device) {
@@ -146,7 +155,7 @@ class Images {
   bool channels_last_ = true;
 };
 
-inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t length) {
+inline void check_vector(const char* op, const Name& name, const Tensor& t, int64_t length) {
   check_device(op, name, t);
   if (t.dim() != 1 || t.size(0) != length) {
     fail(
@@ -163,7 +172,7 @@ inline void check_vector(const char* op, const char* name, const Tensor& t, int6
 
 // Statistics are float32, or float64 for float64 images; weights may also be of the images' dtype.
 inline void check_channels(
-    const char* op, const char* name, const Tensor& t, int64_t channels, ScalarType image,
+    const char* op, const Name& name, const Tensor& t, int64_t channels, ScalarType image,
     bool statistics) {
   check_vector(op, name, t, channels);
   const ScalarType wide = image == ScalarType::Double ? image : ScalarType::Float;

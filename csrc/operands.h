@@ -1,8 +1,6 @@
 // The operands of each operator and the checks that are the same on every device.
 #pragma once
 
-#include <string>
-
 #include "check.h"
 #include "resize_math.h"
 #include "types.h"
@@ -39,8 +37,7 @@ struct Normalization {
   // `prefix` is what the argument names start with: "" or "residual_".
   void check(const char* op, const char* prefix, int64_t channels, ScalarType image) const {
     const auto vector = [&](const char* name, const OptionalTensor& t, bool statistics) {
-      const std::string full = std::string(prefix) + name;
-      if (t.has_value()) check_channels(op, full.c_str(), *t, channels, image, statistics);
+      if (t.has_value()) check_channels(op, {prefix, name}, *t, channels, image, statistics);
     };
     vector("mean", mean, true);
     vector("var", var, true);

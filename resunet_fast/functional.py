@@ -31,6 +31,7 @@ from .arguments import (
     normalises,
     transposes,
 )
+from .ops.bn_act import direct
 from .ops.upsample.reference import MODES
 from .registry import forced_backend
 
@@ -79,6 +80,10 @@ def bn_act(
 
     Source: resunet_fast/ops/bn_act/reference.py, docs/math.md.
     """
+    if residual_norm is None and not pool:
+        plain = direct.bn_act(input, norm, residual, relu)
+        if plain is not None:
+            return plain
     if residual is not None and _autocast_dtype(input) is not None:
         residual = residual.to(input.dtype)
     check_residual(input.shape, input.dtype, residual, residual_norm)
@@ -315,6 +320,8 @@ def update_running_stats(
     """
     if count == 1:
         raise ValueError("count: expected 0 or at least 2 positions per channel, got 1")
+    if direct.update_running_stats(norm, mean, var, count, conv_bias):
+        return
     running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     ops.running_stats.UPDATE_RUNNING_STATS(
         *running, mean, var, conv_bias, count, norm.momentum, forced_backend()

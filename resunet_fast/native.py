@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import struct
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 
 from . import environment
 
@@ -112,3 +114,35 @@ def device_refusals(device: torch.device) -> list[str]:
 def ops() -> Any:
     """The private operators `resunet_fast_native::*`; call only when nothing is unavailable."""
     return torch.ops.resunet_fast_native
+
+
+def calls_of(library: Path | None, name: str) -> Any:
+    """The units of csrc/calls.h in a library that is loaded; None where they cannot be called.
+
+    Args:
+        library: its file, if there is one.
+        name: "_C" or "_CUDA", which it was built as.
+    """
+    spec = library and spec_from_file_location(f"{__package__}.{name}", library)
+    if not spec or spec.loader is None:
+        return None
+    try:
+        module: Any = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError:  # an older build, which has operators only
+        return None
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    understood = exchange is not None and module.bind(exchange, torch.Tensor, Parameter)
+    return module if understood else None
+
+
+@cache
+def cpu_calls() -> Any:
+    """The units of csrc/calls.h for tensors on the CPU; None where they cannot be called."""
+    return None if unavailable() else calls_of(_library("_C"), "_C")
+
+
+@cache
+def cuda_calls() -> Any:
+    """The units of csrc/calls.h for tensors on a GPU; None where they cannot be called."""
+    return None if cuda_unavailable() else calls_of(_library("_CUDA"), "_CUDA")

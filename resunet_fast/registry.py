@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import Function
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 Refusals = Callable[..., list[str]]
@@ -113,7 +120,7 @@ class Operator:
         Where none of them but autograd is there, the dispatcher would only convert every argument
         to C++ and back, twice: then its steps are taken without it.
         """
-        if torch.compiler.is_compiling() or not _plain(args):
+        if not unobserved() or not _plain(args):
             return self.overload(*args)
         if self.backward is None:
             return self._mutate(args, self._compute)
@@ -171,8 +178,8 @@ class Operator:
         if torch.is_inference_mode_enabled():
             return
         # Autograd learns that a tensor has changed from its version, and of nothing else.
-        written = (args[i] for i in self.written if args[i] is not None)
-        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+        written = [args[i] for i in self.written if args[i] is not None]
+        torch.autograd.graph.increment_version(written)
 
     def complete(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Append the schema's defaults: the dispatcher drops trailing arguments that equal them."""
@@ -182,15 +189,19 @@ class Operator:
         return (*args, *missing)
 
 
+def unobserved() -> bool:
+    """Whether the operators that are called now have no other audience than autograd."""
+    return not (
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+    )
+
+
 def _plain(values: Sequence[Any]) -> bool:
-    """Whether an operator on these has no other audience than autograd."""
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
-        return False
+    """Whether nothing but autograd has to see what is done to these."""
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:

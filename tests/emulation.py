@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+import torch
+
+from resunet_fast import native
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -23,6 +28,14 @@ def setup_script() -> dict[str, Any]:
     """The names that setup.py defines, without running setup()."""
     with mock.patch("setuptools.setup"):
         return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def load(temporary: pytest.TempPathFactory) -> Any:
+    """Load the emulated library's operators; its calls (native.calls_of). Built once per run."""
+    base = temporary.getbasetemp()
+    built = library(base.parent if base.name.startswith("popen-") else base)  # xdist's workers
+    torch.ops.load_library(str(built))
+    return native.calls_of(built, "_CUDA")
 
 
 def library(directory: Path) -> Path:
@@ -40,7 +53,6 @@ def _build(sources: Path, output: Path) -> None:
     shutil.copy(ROOT / "tests/cuda/device.h", sources / "cuda")
     shutil.copy(ROOT / "tests/cuda/launch.cuh", sources / "cuda/kernels")
     shutil.rmtree(sources / "cpu")
-    (sources / "cuda/library.cpp").unlink()
     for path in sources.rglob("*.cpp"):
         text = path.read_text().replace("resunet_fast_native, CUDA", "resunet_fast_emulated, CPU")
         path.write_text(text.replace("resunet_fast_native", "resunet_fast_emulated"))

@@ -35,18 +35,20 @@ layouts = pytest.mark.parametrize("layout", call.LAYOUTS)
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # pytest-xdist's workers
-    torch.ops.load_library(str(emulation.library(shared)))
+    emulation.load(tmp_path_factory)
     return torch.ops.resunet_fast_emulated
 
 
 @pytest.fixture
-def kernels(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(
+    library: Any, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The private operators become the emulated kernels; what has no kernel stays the CPU's."""
     emulated = {name: getattr(library, name) for name in OPERATORS}
     names = SimpleNamespace(cast=native.ops().cast, **emulated)
     monkeypatch.setattr(native, "ops", lambda: names)
+    calls = emulation.load(tmp_path_factory)
+    monkeypatch.setattr(native, "cpu_calls", lambda: calls)
 
 
 def _slow(function: FunctionType) -> FunctionType:

@@ -1,9 +1,6 @@
-#include <torch/csrc/stable/library.h>
-
 #include "normalization.h"
 
 namespace rf::cpu {
-namespace {
 
 void bn_act_forward(
     const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
@@ -27,10 +24,8 @@ void bn_act_forward(
        mutable_pointer(pooled), affine.view(), residual_affine.view()});
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) {
-  m.impl("bn_act_forward", TORCH_BOX(&bn_act_forward));
+  m.impl("bn_act_forward", RF_BOX(&bn_act_forward));
 }
 
 }  // namespace rf::cpu

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include "normalization.h"
 
 namespace rf::cpu {
@@ -111,6 +109,8 @@ struct Backward {
   }
 };
 
+}  // namespace
+
 void bn_act_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
     const Tensor& mean, const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -139,10 +139,8 @@ void bn_act_backward(
   if (grad_input.has_value() || grad_residual.has_value()) backward.write_images(sums);
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) {
-  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
+  m.impl("bn_act_backward", RF_BOX(&bn_act_backward));
 }
 
 }  // namespace rf::cpu

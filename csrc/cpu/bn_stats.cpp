@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include "vectors.h"
 
 namespace rf::cpu {
@@ -20,6 +18,8 @@ void merge_tiles(
   }
 }
 
+}  // namespace
+
 void bn_stats(const Tensor& input, const Tensor& mean, const Tensor& var) {
   const Images images = check_bn_stats(input, mean, var);
   const Image image = image_of(input, images);
@@ -32,8 +32,6 @@ void bn_stats(const Tensor& input, const Tensor& mean, const Tensor& var) {
   write_vector(vars, var);
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) { m.impl("bn_stats", TORCH_BOX(&bn_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) { m.impl("bn_stats", RF_BOX(&bn_stats)); }
 
 }  // namespace rf::cpu

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include "vectors.h"
 
 namespace rf::cpu {
@@ -41,6 +39,6 @@ void cast(const Tensor& input, const Tensor& output) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) { m.impl("cast", TORCH_BOX(&cast)); }
+STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) { m.impl("cast", RF_BOX(&cast)); }
 
 }  // namespace rf::cpu

@@ -1,7 +1,5 @@
 // Which compilation of the loops this CPU runs, and how they are spread over torch's threads.
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/csrc/stable/library.h>
-
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -81,7 +79,7 @@ void run_parallel(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isa", RF_BOX(&cpu_isa));
 }
 
 }  // namespace rf::cpu

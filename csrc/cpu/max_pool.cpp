@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include "vectors.h"
 
 namespace rf::cpu {
@@ -17,7 +15,7 @@ void max_pool_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) {
-  m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
+  m.impl("max_pool_backward", RF_BOX(&max_pool_backward));
 }
 
 }  // namespace rf::cpu

@@ -1,9 +1,6 @@
-#include <torch/csrc/stable/library.h>
-
 #include "vectors.h"
 
 namespace rf::cpu {
-namespace {
 
 void update_running_stats(
     const Tensor& mean, const Tensor& var, const OptionalTensor& bias, int64_t count,
@@ -30,10 +27,8 @@ void update_running_stats(
   write_vector(new_var, running_var);
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) {
-  m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
+  m.impl("update_running_stats", RF_BOX(&update_running_stats));
 }
 
 }  // namespace rf::cpu

@@ -23,7 +23,7 @@ void with_storage(ScalarType type, const F& f) {
 inline std::vector<double> read_vector(const Tensor& t) {
   std::vector<double> values(t.numel());
   with_storage(t.scalar_type(), [&](auto* type) {
-    const auto* p = static_cast<decltype(type)>(t.data_ptr());
+    const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(t.data_ptr());
     for (size_t i = 0; i < values.size(); ++i) values[i] = get(p[i]);
   });
   return values;
@@ -36,7 +36,7 @@ inline std::vector<double> read_vector(const OptionalTensor& t, int64_t length, 
 inline void write_vector(const std::vector<double>& values, const Tensor& t) {
   with_storage(t.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    auto* p = static_cast<T*>(t.data_ptr());
+    auto* p = static_cast<T*>(t.mutable_data_ptr());
     for (size_t i = 0; i < values.size(); ++i) put(p + i, static_cast<Acc<T>>(values[i]));
   });
 }
@@ -67,21 +67,25 @@ class LaneVector {
   LaneVector() = default;
 
   LaneVector(const std::vector<double>& values, const Image& image, ScalarType type) {
-    const bool wide = type == ScalarType::Double;
-    bytes_.resize(image.width * (wide ? sizeof(double) : sizeof(float)));
-    for (int64_t i = 0; i < image.width; ++i) {
-      const double value = values[i % image.c];
-      if (wide) {
-        reinterpret_cast<double*>(bytes_.data())[i] = value;
-      } else {
-        reinterpret_cast<float*>(bytes_.data())[i] = static_cast<float>(value);
-      }
+    if (type == ScalarType::Double) {
+      fill<double>(values, image.width);
+    } else {
+      fill<float>(values, image.width);
     }
   }
 
   const void* data() const { return bytes_.empty() ? nullptr : bytes_.data(); }
 
  private:
+  template <class A>
+  void fill(const std::vector<double>& values, int64_t width) {
+    bytes_.resize(width * sizeof(A));
+    A* lanes = reinterpret_cast<A*>(bytes_.data());
+    const int64_t channels = static_cast<int64_t>(values.size());
+    for (int64_t c = 0; c < channels; ++c) lanes[c] = static_cast<A>(values[c]);
+    for (int64_t i = channels; i < width; ++i) lanes[i] = lanes[i - channels];
+  }
+
   std::vector<char> bytes_;
 };
 

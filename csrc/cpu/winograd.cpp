@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -91,12 +89,12 @@ void winograd_conv2d(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CompositeExplicitAutograd, m) {
-  m.impl("has_winograd", TORCH_BOX(&has_winograd));
+  m.impl("has_winograd", RF_BOX(&has_winograd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CPU, m) {
-  m.impl("winograd_pack", TORCH_BOX(&winograd_pack));
-  m.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d));
+  m.impl("winograd_pack", RF_BOX(&winograd_pack));
+  m.impl("winograd_conv2d", RF_BOX(&winograd_conv2d));
 }
 
 }  // namespace rf::cpu

@@ -1,7 +1,6 @@
 #include "operators.h"
 
 namespace rf::cuda {
-namespace {
 
 void bn_act_forward(
     const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
@@ -29,10 +28,8 @@ void bn_act_forward(
       device.stream());
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CUDA, m) {
-  m.impl("bn_act_forward", TORCH_BOX(&bn_act_forward));
+  m.impl("bn_act_forward", RF_BOX(&bn_act_forward));
 }
 
 }  // namespace rf::cuda

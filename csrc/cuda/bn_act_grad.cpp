@@ -1,7 +1,6 @@
 #include "operators.h"
 
 namespace rf::cuda {
-namespace {
 
 void bn_act_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
@@ -30,7 +29,7 @@ void bn_act_backward(
   const Sweep sums = sweep_of(image, width, kReductionBlocks);
   const bool needs_sums = operands.needs_sums();
   const int64_t partials = needs_sums ? 3 * slots_of(sums) * image.c : 0;
-  const Tensor memory = scratch(input, images.dtype(), partials + 4 * image.c);
+  const torch::stable::Tensor memory = scratch(input, images.dtype(), partials + 4 * image.c);
   const int64_t bytes = images.dtype() == ScalarType::Double ? 8 : 4;
   char* coefficients = static_cast<char*>(memory.mutable_data_ptr());
   GradArgs args = {
@@ -45,10 +44,8 @@ void bn_act_backward(
   grad(args, device.stream());
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CUDA, m) {
-  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
+  m.impl("bn_act_backward", RF_BOX(&bn_act_backward));
 }
 
 }  // namespace rf::cuda

@@ -22,7 +22,7 @@ void max_pool_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CUDA, m) {
-  m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
+  m.impl("max_pool_backward", RF_BOX(&max_pool_backward));
 }
 
 }  // namespace rf::cuda

@@ -1,8 +1,7 @@
 // What the operators of this folder share: tensors as the kernels see them.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <initializer_list>
 
@@ -57,10 +56,16 @@ inline Norm norm_of(const Normalization& norm) {
       norm.eps};
 }
 
-// Scratch memory from torch's allocator, in the accumulation type.
-inline Tensor scratch(const Tensor& like, ScalarType image, int64_t length) {
-  const ScalarType wide = image == ScalarType::Double ? image : ScalarType::Float;
-  return torch::stable::new_empty(like, {length}, wide);
+// Scratch memory from torch's allocator beside `like`, in the accumulation type.
+inline torch::stable::Tensor scratch(const Tensor& like, ScalarType image, int64_t length) {
+  const bool wide = image == ScalarType::Double;
+  const int64_t stride = 1;
+  AtenTensorHandle memory;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &length, &stride, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
+      like.get_device_index(), &memory));
+  return torch::stable::Tensor(memory);
 }
 
 }  // namespace rf::cuda

@@ -1,7 +1,6 @@
 #include "operators.h"
 
 namespace rf::cuda {
-namespace {
 
 void update_running_stats(
     const Tensor& mean, const Tensor& var, const OptionalTensor& bias, int64_t count,
@@ -17,10 +16,8 @@ void update_running_stats(
       device.stream());
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CUDA, m) {
-  m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
+  m.impl("update_running_stats", RF_BOX(&update_running_stats));
 }
 
 }  // namespace rf::cuda

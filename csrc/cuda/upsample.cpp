@@ -51,8 +51,8 @@ void upsample_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resunet_fast_native, CUDA, m) {
-  m.impl("upsample_forward", TORCH_BOX(&upsample_forward));
-  m.impl("upsample_backward", TORCH_BOX(&upsample_backward));
+  m.impl("upsample_forward", RF_BOX(&upsample_forward));
+  m.impl("upsample_backward", RF_BOX(&upsample_backward));
 }
 
 }  // namespace rf::cuda

@@ -1,7 +1,6 @@
 // Every private operator: inputs, attributes, then the outputs that it writes. None is
 // differentiable and none checks for aliasing; resunet_fast.ops gives them their meaning and their
 // gradients.
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 // clang-format off
@@ -20,9 +19,3 @@ STABLE_TORCH_LIBRARY(resunet_fast_native, m) {
   m.def("has_winograd() -> bool");
 }
 // clang-format on
-
-// Importing the module is only a way to load the library; Python finds the operators in torch.ops.
-extern "C" PyObject* PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&definition);
-}

@@ -1,0 +1,376 @@
+// Units that Python calls without the dispatcher: where nothing but autograd listens, finding an
+// operator and converting its arguments takes longer than computing on a small image. Tensors are
+// read through DLPack's exchange API, which torch offers as C functions. A call answers False,
+// having written nothing, to whatever is not plain; the operators then take it, or say what is
+// wrong with it. To be included once per library.
+#pragma once
+
+#include <exception>
+#include <optional>
+
+#include "dlpack.h"
+#include "operands.h"
+#include "signatures.h"
+
+namespace rf::calls {
+namespace {
+
+struct Declined : std::exception {};
+
+// What of torch the calls need; `bind` sets it.
+struct Torch {
+  const dlpack::ExchangeApi* tensors = nullptr;
+  PyObject* tensor = nullptr;
+  PyObject* parameter = nullptr;
+  PyObject* is_neg = nullptr;
+};
+
+Torch torch_;
+Operators operators_;
+
+ScalarType scalar_type(const dlpack::DataType& type) {
+  const auto is = [&](dlpack::TypeCode code, int bits) {
+    return type.lanes == 1 && type.code == code && type.bits == bits;
+  };
+  if (is(dlpack::kFloat, 32)) return ScalarType::Float;
+  if (is(dlpack::kBfloat, 16)) return ScalarType::BFloat16;
+  if (is(dlpack::kFloat, 16)) return ScalarType::Half;
+  if (is(dlpack::kFloat, 64)) return ScalarType::Double;
+  if (is(dlpack::kInt, 64)) return ScalarType::Long;
+  throw Declined();
+}
+
+DeviceType device_type(const dlpack::Device& device) {
+  if (device.type == dlpack::kCpu) return DeviceType::kCpu;
+  if (device.type == dlpack::kCuda) return DeviceType::kCuda;
+  throw Declined();
+}
+
+Tensor borrowed(PyObject* object) {
+  dlpack::Tensor t;
+  if (torch_.tensors->from_python(object, &t) != 0) throw Declined();
+  return Tensor(
+      static_cast<char*>(t.data) + t.byte_offset, t.sizes, t.strides, t.dim, scalar_type(t.dtype),
+      device_type(t.device), t.device.index);
+}
+
+// Subclasses are declined, and values that are to be negated when they are read, which DLPack does
+// not say.
+void check_plain(PyObject* object) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != torch_.tensor && type != torch_.parameter) throw Declined();
+  PyObject* negated = PyObject_CallMethodObjArgs(object, torch_.is_neg, nullptr);
+  Py_XDECREF(negated);
+  if (negated != Py_False) throw Declined();
+}
+
+// Positional arguments, read one after the other.
+class Arguments {
+ public:
+  Arguments(PyObject* const* values, Py_ssize_t count) : next_(values), end_(values + count) {}
+
+  Tensor tensor() {
+    PyObject* value = take();
+    check_plain(value);
+    return borrowed(value);
+  }
+
+  OptionalTensor optional() {
+    if (next_ != end_ && *next_ != Py_None) return tensor();
+    return take(), std::nullopt;
+  }
+
+  // Made by the caller for this call, as torch makes them.
+  Tensor fresh() { return borrowed(take()); }
+
+  OptionalTensor optional_fresh() {
+    if (next_ != end_ && *next_ != Py_None) return fresh();
+    return take(), std::nullopt;
+  }
+
+  bool flag() { return take() == Py_True; }
+
+  int64_t integer() {
+    const int64_t number = PyLong_AsLongLong(take());
+    if (number == -1 && PyErr_Occurred()) throw Declined();
+    return number;
+  }
+
+  double number(std::optional<double> none = std::nullopt) {
+    PyObject* value = take();
+    if (value == Py_None && none.has_value()) return *none;
+    const double number = PyFloat_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred()) throw Declined();
+    return number;
+  }
+
+ private:
+  PyObject* take() {
+    if (next_ == end_) throw Declined();
+    return *next_++;
+  }
+
+  PyObject* const* next_;
+  PyObject* const* end_;
+};
+
+// Statistics that are given as two vectors, or that a call computes: a matrix [2, C].
+class Statistics {
+ public:
+  Statistics(
+      const OptionalTensor& batch, const OptionalTensor& mean, const OptionalTensor& var,
+      const Tensor& image)
+      : mean(batch.has_value() ? row(*batch, 0, image) : mean.value()),
+        var(batch.has_value() ? row(*batch, 1, image) : var.value()) {}
+
+  const Tensor mean;
+  const Tensor var;
+
+ private:
+  static Tensor row(const Tensor& batch, int64_t i, const Tensor& image) {
+    const bool wide = image.scalar_type() == ScalarType::Double;
+    const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
+    const bool matrix = image.dim() == 4 && batch.dim() == 2 && batch.size(0) == 2 &&
+                        batch.size(1) == image.size(1) && batch.stride(1) == 1;
+    if (!matrix || batch.scalar_type() != type) throw Declined();
+    char* data = static_cast<char*>(batch.mutable_data_ptr());
+    return Tensor(
+        data + i * batch.stride(0) * (wide ? 8 : 4), batch.sizes() + 1, batch.strides() + 1, 1,
+        type, batch.is_cuda() ? DeviceType::kCuda : DeviceType::kCpu, batch.get_device_index());
+  }
+};
+
+int64_t positions(const Tensor& image) { return image.size(0) * image.size(2) * image.size(3); }
+
+// bn_act(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+// eps, residual, relu, output, batch): z = relu(batch_norm(input) + residual) into `output`. With
+// `batch`, [2, C], by the batch's statistics, which are left there; when training, the running
+// ones follow.
+class Forward {
+ public:
+  explicit Forward(Arguments& a)
+      : input_(a.tensor()),
+        weight_(a.optional()),
+        bias_(a.optional()),
+        running_mean_(a.optional()),
+        running_var_(a.optional()),
+        counter_(a.optional()),
+        training_(a.flag()),
+        momentum_(a.number(-1.0)),
+        eps_(a.number()),
+        residual_(a.optional()),
+        relu_(a.flag()),
+        output_(a.fresh()),
+        batch_(a.optional_fresh()),
+        statistics_(batch_, running_mean_, running_var_, input_) {
+    check();
+  }
+
+  int64_t elements() const { return input_.numel(); }
+
+  void run() const {
+    if (batch_.has_value()) operators_.bn_stats(input_, statistics_.mean, statistics_.var);
+    operators_.bn_act_forward(
+        input_, statistics_.mean, statistics_.var, weight_, bias_, eps_, residual_, none_, none_,
+        none_, none_, 0.0, relu_, output_, none_);
+    if (!tracks()) return;
+    operators_.update_running_stats(
+        statistics_.mean, statistics_.var, none_, positions(input_), momentum_, *running_mean_,
+        *running_var_, counter_);
+  }
+
+ private:
+  bool tracks() const { return training_ && running_mean_.has_value(); }
+
+  void check() const {
+    ForwardOperands{input_, {statistics_.mean, statistics_.var, weight_, bias_, eps_}, residual_,
+                    {},     relu_,  output_, none_}
+        .check();
+    if (input_.numel() == 0 || (batch_.has_value() && positions(input_) == 1)) throw Declined();
+    if (running_mean_.has_value() != running_var_.has_value()) throw Declined();
+    if (training_ && (!batch_.has_value() || (counter_.has_value() && !tracks()))) throw Declined();
+    if (tracks()) {
+      check_update_running_stats(
+          statistics_.mean, statistics_.var, none_, momentum_, *running_mean_, *running_var_,
+          counter_);
+    }
+    check_one_dtype();
+  }
+
+  // torch refuses vectors of several dtypes.
+  void check_one_dtype() const {
+    std::optional<ScalarType> type;
+    for (const OptionalTensor* t : {&weight_, &bias_, &running_mean_, &running_var_}) {
+      if (!t->has_value()) continue;
+      if (type.has_value() && *type != (*t)->scalar_type()) throw Declined();
+      type = (*t)->scalar_type();
+    }
+  }
+
+  const Tensor input_;
+  const OptionalTensor weight_, bias_, running_mean_, running_var_, counter_;
+  const bool training_;
+  const double momentum_, eps_;
+  const OptionalTensor residual_;
+  const bool relu_;
+  const Tensor output_;
+  const OptionalTensor batch_;
+  const Statistics statistics_;
+  const OptionalTensor none_;
+};
+
+// bn_act_backward(grad_output, input, output, batch, running_mean, running_var, weight, bias, eps,
+// relu, grad_input, grad_weight, grad_bias, grad_residual): what is not None is written; `output`
+// is that of the forward where the ReLU's mask depends on a residual.
+class Backward {
+ public:
+  explicit Backward(Arguments& a)
+      : grad_output_(a.tensor()),
+        input_(a.tensor()),
+        output_(a.optional()),
+        batch_(a.optional_fresh()),
+        running_mean_(a.optional()),
+        running_var_(a.optional()),
+        statistics_(batch_, running_mean_, running_var_, input_),
+        weight_(a.optional()),
+        bias_(a.optional()),
+        eps_(a.number()),
+        relu_(a.flag()),
+        grad_input_(a.optional_fresh()),
+        grad_weight_(a.optional_fresh()),
+        grad_bias_(a.optional_fresh()),
+        grad_residual_(a.optional_fresh()) {
+    const Wanted wanted = {grad_input_, grad_weight_, grad_bias_, grad_residual_, none_, none_};
+    const Normalization main = {statistics_.mean, statistics_.var, weight_, bias_, eps_};
+    BackwardOperands{grad_output_, input_, output_, main,  batch_.has_value(),
+                     none_,        {},     false,   relu_, wanted}
+        .check();
+  }
+
+  int64_t elements() const { return input_.numel(); }
+
+  void run() const {
+    operators_.bn_act_backward(
+        grad_output_, input_, output_, statistics_.mean, statistics_.var, weight_, bias_, eps_,
+        batch_.has_value(), none_, none_, none_, none_, 0.0, false, relu_, grad_input_,
+        grad_weight_, grad_bias_, grad_residual_, none_, none_);
+  }
+
+ private:
+  const Tensor grad_output_, input_;
+  const OptionalTensor output_, batch_, running_mean_, running_var_;
+  const Statistics statistics_;
+  const OptionalTensor weight_, bias_;
+  const double eps_;
+  const bool relu_;
+  const OptionalTensor grad_input_, grad_weight_, grad_bias_, grad_residual_;
+  const OptionalTensor none_;
+};
+
+// update_running_stats(running_mean, running_var, num_batches_tracked, mean, var, conv_bias, count,
+// momentum).
+class Update {
+ public:
+  explicit Update(Arguments& a)
+      : running_mean_(a.tensor()),
+        running_var_(a.tensor()),
+        counter_(a.optional()),
+        mean_(a.tensor()),
+        var_(a.tensor()),
+        bias_(a.optional()),
+        count_(a.integer()),
+        momentum_(a.number(-1.0)) {
+    check_update_running_stats(mean_, var_, bias_, momentum_, running_mean_, running_var_, counter_);
+  }
+
+  int64_t elements() const { return mean_.numel(); }
+
+  void run() const {
+    operators_.update_running_stats(
+        mean_, var_, bias_, count_, momentum_, running_mean_, running_var_, counter_);
+  }
+
+ private:
+  const Tensor running_mean_, running_var_;
+  const OptionalTensor counter_;
+  const Tensor mean_, var_;
+  const OptionalTensor bias_;
+  const int64_t count_;
+  const double momentum_;
+};
+
+// Other Python threads run meanwhile, unless there is so little to do that waking them takes longer.
+class WithoutPython {
+ public:
+  explicit WithoutPython(bool worthwhile)
+      : thread_(worthwhile ? PyEval_SaveThread() : nullptr) {}
+  WithoutPython(const WithoutPython&) = delete;
+  WithoutPython& operator=(const WithoutPython&) = delete;
+
+  ~WithoutPython() {
+    if (thread_ != nullptr) PyEval_RestoreThread(thread_);
+  }
+
+ private:
+  PyThreadState* thread_;
+};
+
+constexpr int64_t kFewElements = 32768;
+
+// False before anything is written; what fails later is an error, because a second try would update
+// running statistics twice.
+template <class Call>
+PyObject* answer(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  std::optional<Call> call;
+  try {
+    Arguments arguments(values, count);
+    call.emplace(arguments);
+  } catch (const std::exception&) {
+    PyErr_Clear();
+    return PyBool_FromLong(0);
+  }
+  try {
+    const WithoutPython unlocked(call->elements() > kFewElements);
+    call->run();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  return PyBool_FromLong(1);
+}
+
+// bind(exchange_api, Tensor, Parameter): whether the calls understand this torch.
+PyObject* bind(PyObject*, PyObject* arguments) {
+  PyObject *capsule, *tensor, *parameter;
+  if (!PyArg_ParseTuple(arguments, "OOO", &capsule, &tensor, &parameter)) return nullptr;
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (api == nullptr) return nullptr;
+  if (api->major != dlpack::kMajor || api->from_python == nullptr) return PyBool_FromLong(0);
+  Py_INCREF(tensor);
+  Py_INCREF(parameter);
+  torch_ = {api, tensor, parameter, PyUnicode_InternFromString("is_neg")};
+  return PyBool_FromLong(1);
+}
+
+template <class Call>
+PyMethodDef method(const char* name) {
+  void* function = reinterpret_cast<void*>(&answer<Call>);
+  return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
+}
+
+PyObject* module(const char* name, const Operators& operators) {
+  operators_ = operators;
+  static PyMethodDef methods[] = {
+      {"bind", bind, METH_VARARGS, nullptr},
+      method<Forward>("bn_act"),
+      method<Backward>("bn_act_backward"),
+      method<Update>("update_running_stats"),
+      {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, name, nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
+
+}  // namespace
+}  // namespace rf::calls
