@@ -84,8 +84,8 @@ def to_onnx(
     """Write :func:`program` to an ONNX file with input `image` and output `logits`.
 
     Raises:
-        ExportError: the network cannot be exported (transposed convolutions behind max pooling only
-            with fixed sizes), is not float32, or `onnx` or `onnxscript` is not installed.
+        ExportError: the network cannot be exported, is not float32, or `onnx` or `onnxscript` is
+            not installed.
         OSError: the file cannot be written; nothing is left behind.
     """
     _write(path, _onnx(model, size, dynamic))

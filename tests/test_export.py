@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import onnx
 import pytest
@@ -134,9 +135,11 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         export.program(model, (3, 8))
     with pytest.raises(export.ExportError, match=r"needs a float32 network, got torch.bfloat16"):
         export.to_onnx(rf.freeze(model, torch.bfloat16), tmp_path / "model.onnx")
-    transposed = network(rf.ResUNet, upsample="transpose", width_factors=(1, 2))
-    with pytest.raises(export.ExportError, match="as ONNX with an open height and width; try"):
-        export.to_onnx(transposed, tmp_path / "model.onnx", (16, 16), dynamic=True)
+    with monkeypatch.context() as patched:
+        refused = mock.Mock(side_effect=torch.onnx.OnnxExporterError("no such operator"))
+        patched.setattr(torch.onnx, "export", refused)
+        with pytest.raises(export.ExportError, match="as ONNX with an open height and width; try"):
+            export.to_onnx(model, tmp_path / "model.onnx", (16, 16), dynamic=True)
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(export.ExportError, match=r"'onnxscript': pip install .*\[export\]"):
         export.to_onnx(model, tmp_path / "model.onnx")
@@ -144,6 +147,16 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(export.ExportError, match=r"'onnxruntime': pip install .*\[export\]"):
         export.check_onnx(model, tmp_path / "model.onnx", [(8, 8)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_transposed_convolutions_behind_max_pooling_take_the_multiples_they_were_traced_with(
+    tmp_path: Path,
+) -> None:
+    model, path = network(rf.ResUNet, upsample="transpose"), tmp_path / "model.onnx"
+    export.to_onnx(model, path, (16, 16), dynamic=True)
+    assert export.check_onnx(model, path, [(16, 16), (24, 8)]) < 1e-5
+    with pytest.raises(export.ExportError, match="ONNX Runtime refuses"):
+        export.check_onnx(model, path, [(17, 19)])
 
 
 @pytest.fixture(scope="module")
