@@ -301,6 +301,22 @@ def test_gradients_of_gradients(name: str) -> None:
         assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["odd size", "pointer: odd channels"])
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels have no float64 on a GPU")
+def test_a_loss_of_the_result_and_of_its_gradients(name: str) -> None:
+    """Then z, kept for backward, has a gradient of its own beside that of the result."""
+    one = unit(name)
+    found = []
+    for backend in ("triton", "reference"):
+        with rf.use_backend(backend):
+            y = one.forward()
+            leaves = list(one.leaves.values())
+            grads = torch.autograd.grad(y, leaves, one.grad, create_graph=True)
+            loss = y.sin().sum() + sum(grad.sin().sum() for grad in grads)
+            found.append(torch.autograd.grad(loss, leaves))
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 8, 19, 33), (2, 5, 13, 11)], ids=str)
 def test_between_guard_bands(shape: Shape, layout: str) -> None:
@@ -315,6 +331,27 @@ def test_a_slice_of_a_larger_buffer(launches: list[str]) -> None:
     one.x = whole[:, 8:32, 1:, 2:].requires_grad_()
     one.compare(one.run())
     assert launches == ["tma"] * 2
+
+
+@pytest.mark.parametrize("filters", [8, 5])  # boxes, pointers
+def test_sums_with_a_slice_of_a_larger_buffer(filters: int) -> None:
+    one = Unit((2, filters, 7, 9), filters)
+    whole = torch.randn(2, filters + 3, 8, 11, dtype=one.dtype).to(DEVICE)
+    window = whole.contiguous(memory_format=torch.channels_last)[:, :filters, 1:, 2:]
+    geometry = triton_launch.Geometry((3, 3), padding=(1, 1))
+    vectors = (torch.zeros(filters), torch.ones(filters))
+    vectors = tuple(vector.to(DEVICE, torch.float32) for vector in vectors)
+
+    def sums(x: Tensor) -> Tensor:
+        norm = triton_launch.Normalised(x, *vectors, None, None, 1e-5, True)
+        epilogue = triton_launch.Epilogue(sums=norm)
+        arguments = (one.grad, one.filters.detach(), geometry, (7, 9), torch.channels_last)
+        found = triton_kernel.data_gradient(*arguments, epilogue).sums
+        assert found is not None
+        return found[:, :2]
+
+    dense = window.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(sums(window), sums(dense))
 
 
 def test_an_expanded_gradient(launches: list[str]) -> None:
