@@ -339,8 +339,7 @@ def test_sums_with_a_slice_of_a_larger_buffer(filters: int) -> None:
     whole = torch.randn(2, filters + 3, 8, 11, dtype=one.dtype).to(DEVICE)
     window = whole.contiguous(memory_format=torch.channels_last)[:, :filters, 1:, 2:]
     geometry = triton_launch.Geometry((3, 3), padding=(1, 1))
-    vectors = (torch.zeros(filters), torch.ones(filters))
-    vectors = tuple(vector.to(DEVICE, torch.float32) for vector in vectors)
+    vectors = [torch.full((filters,), value, device=DEVICE) for value in (0.0, 1.0)]
 
     def sums(x: Tensor) -> Tensor:
         norm = triton_launch.Normalised(x, *vectors, None, None, 1e-5, True)
@@ -363,9 +362,8 @@ def test_an_expanded_gradient(launches: list[str]) -> None:
 
 def test_an_input_that_descriptors_cannot_address(launches: list[str]) -> None:
     one = unit("odd size")
-    n, c, h, w = one.x.shape
     buffer = torch.randn(one.x.numel() + 1, dtype=one.dtype).to(DEVICE)
-    one.x = buffer[1:].view(n, h, w, c).permute(0, 3, 1, 2).requires_grad_()
+    one.x = buffer[1:].view(one.x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).requires_grad_()
     one.compare(one.run())
     # z is a tensor of its own; x is not aligned to 16 bytes.
     assert launches == ["tma", "pointer"]
