@@ -188,10 +188,10 @@ def _bn_act_conv_backward(call: Call) -> Work:
     y, _, *stats = call.results
     x = call.input
     flops = convolution_flops(y.shape, call.conv_weight.shape) * _products(call)
-    # The gradient before the batch norm is written, then read with x in each pass; the weight's
-    # gradient reads z, kept or computed again from x.
+    # The gradient before the batch norm is summed where it is computed, written, and read once; x
+    # is read in each pass; the weight's gradient reads z, kept or computed again from x.
     passes = 2 if call.batch_stats else 1
-    moved = size(y, call.conv_weight, x, x) + passes * size(x, x)
+    moved = size(y, call.conv_weight, x, x, x) + passes * size(x)
     vectors = size(*stats, call.weight, call.bias)
     return Work(flops, moved + vectors + call.gradients)
 

@@ -120,6 +120,21 @@ def test_bytes_of_a_convolution_and_its_batch_norm(stats: bool) -> None:
     assert operator_work("conv_bn_act", inputs, "forward").nbytes == memory.bytes
 
 
+def test_bytes_of_the_backward_of_a_pre_activation_unit() -> None:
+    case = Case("bn_act_conv", "brute", (2, 3, 4, 6), {"out": 5})
+    inputs = make_inputs(case, torch.bfloat16, requires_grad=True)
+    x, weight, bias = inputs[0], inputs[7], inputs[8]
+    memory = Memory(2)
+    memory.touch(torch.zeros(2, 5, 4, 6).bfloat16())  # the result's gradient
+    memory.touch(x, 2)  # z's gradient, written and summed at once, and read
+    memory.touch(x, 2)  # x, for the sums and for its gradient
+    memory.touch(x, 2)  # z for the weight's gradient; x's gradient written
+    memory.touch(weight, 2)
+    memory.touch(bias)
+    memory.touch(torch.zeros(3), 4 + 2)  # mean, var, weight, bias read; two gradients written
+    assert operator_work("bn_act_conv", inputs, "backward").nbytes == memory.bytes
+
+
 def test_bytes_of_upsampling_and_of_a_convolution_are_operands_and_result() -> None:
     case = Case("upsample", "brute", (2, 3, 4, 5), {"size": [8, 9], "mode": "nearest"})
     inputs = make_inputs(case, torch.float32, requires_grad=True)

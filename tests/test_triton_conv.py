@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import spy
 from torch import Tensor
 
 from resunet_fast.ops.backends import triton_unavailable
@@ -49,26 +49,12 @@ POINTERS: dict[str, tuple[Shape, int, tuple[int, int], tuple[int, int], tuple[in
 }
 
 
-class Spy:
-    """A kernel that notes its launches."""
-
-    def __init__(self, kernel: Any, name: str, launches: list[str]) -> None:
-        self.kernel, self.name, self.launches = kernel, name, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self.launches.append(self.name)
-        return self.kernel[grid]
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which of the two kernels ran, in order."""
     seen: list[str] = []
-    for name in ("tma", "pointer"):
-        attribute = f"conv2d_fwd_{name}_kernel"
-        monkeypatch.setattr(
-            triton_launch, attribute, Spy(getattr(triton_launch, attribute), name, seen)
-        )
+    kernels = {f"conv2d_fwd_{name}_kernel": name for name in ("tma", "pointer")}
+    spy(monkeypatch, triton_launch, kernels, seen)
     return seen
 
 

@@ -178,6 +178,22 @@ def test_backward_is_measured_as_the_data_gradient(hopper: None, folder: Path) -
     assert gpu.triton(gpu.conv2d_backward).declines(*arguments) == []
 
 
+def test_the_backward_of_a_unit_goes_where_its_data_gradient_does(
+    hopper: None, folder: Path
+) -> None:
+    implementations = OPERATORS["bn_act_conv_backward"].implementations
+    x, _, weight, bias, *geometry, _ = convolution()
+    vectors = [torch.zeros(64) for _ in range(4)]
+    arguments = (x, None, x, x, *vectors, 1e-5, True, True, weight, bias, *geometry, [True] * 5)
+    assert implementations["triton"].refusals(*arguments) == []
+    assert implementations["cudnn"].declines(*arguments) == []
+    write(folder, {**LINE, "operator": "conv2d_backward"})
+    assert implementations["triton"].declines(*arguments) == []
+    assert implementations["cudnn"].declines(*arguments) == [
+        "Triton's convolution was measured to be faster here"
+    ]
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [

@@ -9,7 +9,12 @@ from bench.gpu import tiles
 from resunet_fast.ops.conv2d import triton_builds
 from resunet_fast.ops.triton_build import Build
 
-EPILOGUES = {"plain": (), "add_relu": ("HAS_SHIFT", "HAS_RESIDUAL", "RELU")}
+EPILOGUES = {
+    "plain": (),
+    "add_relu": ("HAS_SHIFT", "HAS_RESIDUAL", "RELU"),
+    # A data gradient takes the tiles that were fastest without its sums.
+    "sums": ("SUMS", "MASK", "HAS_WEIGHT", "HAS_BIAS"),
+}
 
 
 def builds() -> list[Build]:

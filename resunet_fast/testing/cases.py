@@ -256,6 +256,7 @@ def _cases() -> list[Case]:
             {"skip": (2, 3, 14, 18), "upsample": "bilinear_align_corners", "pool": True},
         ),
         ("bn_act_conv", "training", odd, {}),
+        ("bn_act_conv", "aligned", vectors, {"out": 8}),  # what tensor descriptors can address
         ("bn_act_conv", "recompute", odd, {"recompute": True}),
         ("bn_act_conv", "frozen-recompute", odd, {"recompute": True, "frozen": True}),
         ("bn_act_conv", "stride-no-relu", odd, {"stride": 2, "relu": False, "affine": False}),

@@ -181,7 +181,8 @@ def spread(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return (dx, dweight, dbias, None, None, None, dr, None, *tail)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+def fake_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """Shapes of the gradients that the mask asks for."""
     x, weight, residual_weight, mask = arguments[2], arguments[4], arguments[11], arguments[-1]
 
     def vector(like: Tensor | None) -> Tensor:
@@ -209,7 +210,7 @@ BN_ACT_BACKWARD = Operator(
     " Tensor? residual_weight, Tensor? residual_mean, Tensor? residual_var, float residual_eps,"
     " bool residual_batch_stats, bool relu, bool[6] output_mask, str backend='')"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
+    fake=fake_backward,
     setup_context=save_inputs,
     backward=through(reference.backward),
 )

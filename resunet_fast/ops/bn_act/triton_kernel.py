@@ -189,8 +189,10 @@ def backward(
     residual_batch_stats: bool,
     relu: bool,
     output_mask: Sequence[bool],
+    *,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Compute as the reference does."""
+    """Compute as the reference does; `sums` are those of tiles, [tiles, 3, C], if already known."""
     assert grad_pooled is None or output is not None
     layout = layout_of(input)
     x = dense(input, layout)
@@ -217,7 +219,7 @@ def backward(
         extent=extent_of(x, layout, grad_pooled is not None),
     )
     with torch.cuda.device_of(x):
-        slopes = call.sums(grads)
+        slopes = call.slopes(grads, sums)
         call.sweep(grads, slopes)
     return grads
 
@@ -265,14 +267,8 @@ class _Backward:
             "NORMALISED": self.normalised,
         }
 
-    def sums(self, grads: tuple[Tensor | None, ...]) -> Tensor | None:
-        """Write the vectors' gradients; return what the sweep subtracts, if anything needs it."""
-        dx, dweight, dbias, dr, drweight, drbias = grads
-        in_sweep = (dx is not None and self.batch_stats) or (
-            dr is not None and self.residual_batch_stats
-        )
-        if not in_sweep and all(v is None for v in (dweight, dbias, drweight, drbias)):
-            return None
+    def sums(self) -> Tensor:
+        """Read the images for the sums of every tile."""
         x, extent, c = self.x, self.extent, self.extent.channels
         tiles = tiling(extent, blocks_for(reduces=True, pool=self.pooled is not None))
         sums = x.new_empty((tiles.tiles, 3, c), dtype=accumulator(x.dtype))
@@ -297,8 +293,20 @@ class _Backward:
             **self.flags(),
             num_warps=tiles.num_warps,
         )
-        slopes = sums.new_empty((3, c))
-        block_t, block_c = _merge_blocks(tiles.tiles, c)
+        return sums
+
+    def slopes(self, grads: tuple[Tensor | None, ...], sums: Tensor | None) -> Tensor | None:
+        """Write the vectors' gradients; return what the sweep subtracts, if anything needs it."""
+        dx, dweight, dbias, dr, drweight, drbias = grads
+        in_sweep = (dx is not None and self.batch_stats) or (
+            dr is not None and self.residual_batch_stats
+        )
+        if not in_sweep and all(v is None for v in (dweight, dbias, drweight, drbias)):
+            return None
+        sums = self.sums() if sums is None else sums
+        tiles, _, c = sums.shape
+        slopes = sums.new_empty((3, c), dtype=accumulator(self.x.dtype))
+        block_t, block_c = _merge_blocks(tiles, c)
         # One program: all tiles of a few channels.
         bwd.bn_act_merge_bwd_kernel[(triton.cdiv(c, block_c),)](
             sums,
@@ -310,8 +318,8 @@ class _Backward:
             drweight,
             drbias,
             c,
-            tiles.tiles,
-            x.numel() // c,
+            tiles,
+            self.x.numel() // c,
             self.eps,
             self.residual_eps,
             BLOCK_T=block_t,

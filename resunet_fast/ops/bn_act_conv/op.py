@@ -7,7 +7,6 @@ less).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,47 +22,16 @@ from ..conv2d import cudnn as conv2d_cudnn
 from ..conv2d import gpu
 from ..conv2d import op as conv2d
 from ..conv2d import reference as conv2d_reference
-
-# Arguments of the normalisation: input, weight, bias, mean, var, eps, relu.
-_NORM_ARGUMENTS = 7
-
-
-def _norm(arguments: tuple[Any, ...]) -> bn_act.BnActArguments:
-    x, weight, bias, mean, var, eps, relu = arguments[:_NORM_ARGUMENTS]
-    return bn_act.BnActArguments(x, weight, bias, mean, var, eps, relu=relu)
-
-
-def _conv(z: Tensor, arguments: tuple[Any, ...]) -> conv2d.ConvArguments:
-    weight, bias, stride, padding, dilation, groups, _, _ = arguments[_NORM_ARGUMENTS:]
-    return conv2d.ConvArguments(z, None, weight, bias, stride, padding, dilation, groups, "none")
-
-
-def _composed(
-    normalise: Callable[..., tuple[Tensor | None, ...]], convolve: Callable[..., Tensor]
-) -> Callable[..., tuple[Tensor | None, ...]]:
-    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        z, _, mean, var, _, _ = normalise(*_norm(arguments))
-        assert z is not None
-        recompute, keep = arguments[-2:]
-        y = convolve(*_conv(z, arguments))
-        return y, z if keep and not recompute else None, mean, var
-
-    return forward
-
-
-def _fake(*arguments: Any) -> tuple[Tensor | None, ...]:
-    z, _, mean, var, _, _ = bn_act.fake(*_norm(arguments))
-    assert z is not None
-    recompute, keep = arguments[-2:]
-    return conv2d.fake(*_conv(z, arguments)), z if keep and not recompute else None, mean, var
+from ..double_backward import save_inputs, through
+from . import composed
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     *arguments, ctx.backend = inputs
     _, z, mean, var = output
-    norm = _norm(tuple(arguments))
+    norm = composed.norm(tuple(arguments))
     bn_act.save(ctx, norm, norm.input, (None, None, mean, var, None, None))
-    conv_saved = conv2d.save(ctx, _conv(norm.input, tuple(arguments)))
+    conv_saved = conv2d.save(ctx, composed.conv(norm.input, tuple(arguments)))
     ctx.save_for_backward(*ctx.norm_tensors, z, *conv_saved[2:])
     del ctx.norm_tensors
 
@@ -75,20 +43,34 @@ def _backward(
     norm_saved = saved_tensors[: bn_act.SAVED]
     z, conv_weight, conv_bias = saved_tensors[bn_act.SAVED :]
     need = ctx.needs_input_grad
-    dz = grad_z
-    dweight: Tensor | None = None
-    dbias: Tensor | None = None
-    if grad_y is not None:
-        if z is None:
-            z = _recomputed(ctx, norm_saved)
-        wanted = [True, False, *need[_NORM_ARGUMENTS : _NORM_ARGUMENTS + 2]]
-        saved = (z, None, conv_weight, conv_bias)
-        dz, _none, dweight, dbias = conv2d.gradients(ctx, saved, grad_y, wanted)
-        if grad_z is not None and dz is not None:
-            dz = dz + grad_z
-    norm_wanted = [need[0], *need[1:3], False, False, False]
-    norm_grads: tuple[Tensor | None, ...] = bn_act.gradients(ctx, norm_saved, dz, None, norm_wanted)
-    return (*norm_grads[:3], *[None] * 4, dweight, dbias, *[None] * 7)
+    if grad_y is None and grad_z is None:
+        return (None,) * len(need)
+    if z is None:
+        z = _recomputed(ctx, norm_saved)
+    x, _, weight, bias, mean, var, *_ = norm_saved
+    eps, batch_stats, _, _, relu = ctx.norm
+    *geometry, _ = ctx.conv
+    first = composed.NORM_ARGUMENTS
+    conv_wanted = [wanted and grad_y is not None for wanted in need[first : first + 2]]
+    grads: tuple[Tensor | None, ...] = BN_ACT_CONV_BACKWARD(
+        grad_y,
+        grad_z,
+        x,
+        z,
+        weight,
+        bias,
+        mean,
+        var,
+        eps,
+        batch_stats,
+        relu,
+        conv_weight,
+        conv_bias,
+        *geometry,
+        [*need[:3], *conv_wanted],
+        ctx.backend,
+    )
+    return (*grads[:3], *[None] * 4, *grads[3:], *[None] * 7)
 
 
 def _recomputed(ctx: Any, norm_saved: tuple[Tensor | None, ...]) -> Tensor:
@@ -102,13 +84,23 @@ def _recomputed(ctx: Any, norm_saved: tuple[Tensor | None, ...]) -> Tensor:
     return z
 
 
+BN_ACT_CONV_BACKWARD = Operator(
+    "bn_act_conv_backward",
+    "(Tensor? grad_output, Tensor? grad_z, Tensor input, Tensor z, Tensor? weight, Tensor? bias,"
+    " Tensor mean, Tensor var, float eps, bool batch_stats, bool relu, Tensor conv_weight,"
+    " Tensor? conv_bias, int[2] stride, int[2] padding, int[2] dilation, int groups,"
+    " bool[5] output_mask, str backend='') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=composed.backward(conv2d.fake_backward, bn_act.fake_backward),
+    setup_context=save_inputs,
+    backward=through(composed.backward(conv2d_reference.backward, bn_act_reference.backward)),
+)
 BN_ACT_CONV = Operator(
     "bn_act_conv",
     "(Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, bool relu,"
     " Tensor conv_weight, Tensor? conv_bias=None, int[2] stride=1, int[2] padding=0,"
     " int[2] dilation=1, int groups=1, bool recompute=False, bool keep=False, str backend='')"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
+    fake=composed.forward(bn_act.fake, conv2d.fake),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -116,15 +108,42 @@ _TRITON_CONVOLUTION = deferred("resunet_fast.ops.conv2d.triton_kernel", "forward
 BN_ACT_CONV.add(
     Implementation(
         "cudnn",
-        _composed(computed_by("", bn_act.BN_ACT), conv2d_cudnn.forward),
+        composed.forward(computed_by("", bn_act.BN_ACT), conv2d_cudnn.forward),
         *gpu.cudnn(gpu.bn_act_conv),
     ),
     Implementation(
         "triton",
-        _composed(computed_by("triton", bn_act.BN_ACT), _TRITON_CONVOLUTION),
+        composed.forward(computed_by("triton", bn_act.BN_ACT), _TRITON_CONVOLUTION),
         *gpu.triton(gpu.bn_act_conv),
     ),
-    Implementation("cuda", _composed(bn_act_compiled.forward, conv2d_cudnn.forward), cuda_refusals),
-    Implementation("cpu", _composed(bn_act_compiled.forward, conv2d_cpu.forward), cpu_refusals),
-    Implementation("reference", _composed(bn_act_reference.forward, conv2d_reference.forward)),
+    Implementation(
+        "cuda", composed.forward(bn_act_compiled.forward, conv2d_cudnn.forward), cuda_refusals
+    ),
+    Implementation(
+        "cpu", composed.forward(bn_act_compiled.forward, conv2d_cpu.forward), cpu_refusals
+    ),
+    Implementation(
+        "reference", composed.forward(bn_act_reference.forward, conv2d_reference.forward)
+    ),
+)
+BN_ACT_CONV_BACKWARD.add(
+    Implementation(
+        "cudnn",
+        composed.backward(conv2d_cudnn.backward, computed_by("", bn_act.BN_ACT_BACKWARD)),
+        *gpu.cudnn(gpu.bn_act_conv_backward),
+    ),
+    Implementation(
+        "triton",
+        deferred("resunet_fast.ops.bn_act_conv.triton_kernel", "backward"),
+        *gpu.triton(gpu.bn_act_conv_backward),
+    ),
+    Implementation(
+        "cuda", composed.backward(conv2d_cudnn.backward, bn_act_compiled.backward), cuda_refusals
+    ),
+    Implementation(
+        "cpu", composed.backward(conv2d_cpu.backward, bn_act_compiled.backward), cpu_refusals
+    ),
+    Implementation(
+        "reference", composed.backward(conv2d_reference.backward, bn_act_reference.backward)
+    ),
 )

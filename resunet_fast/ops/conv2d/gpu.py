@@ -75,6 +75,11 @@ def bn_act_conv(*inputs: Any) -> Convolution:
     return conv2d(inputs[0], None, *inputs[7:13], operator="bn_act_conv")
 
 
+def bn_act_conv_backward(*inputs: Any) -> Convolution:
+    """Read the arguments of bn_act_conv_backward, whose data gradient is conv2d_backward's."""
+    return conv2d(inputs[2], None, *inputs[11:17], operator="conv2d_backward")
+
+
 def triton(describe: Describe) -> Rules:
     """Return what the Triton implementation of an operator refuses and declines."""
 

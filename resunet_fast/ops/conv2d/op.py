@@ -83,7 +83,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*gradients(ctx, ctx.saved_tensors, grad, wanted), *[None] * 6)
 
 
-def _fake_backward(
+def fake_backward(
     grad: Tensor,
     input: Tensor,
     skip: Tensor | None,
@@ -91,6 +91,7 @@ def _fake_backward(
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor | None, ...]:
+    """Shapes of the gradients that the mask asks for."""
     image = output_layout(input, weight)
     makers = (
         (input, image),
@@ -116,7 +117,7 @@ CONV2D_BACKWARD = Operator(
     "(Tensor grad_output, Tensor input, Tensor? skip, Tensor conv_weight, Tensor? conv_bias,"
     " int[2] stride, int[2] padding, int[2] dilation, int groups, str upsample,"
     " bool[4] output_mask, str backend='') -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
+    fake=fake_backward,
     setup_context=save_inputs,
     backward=through(reference.backward),
 )

@@ -8,19 +8,23 @@ from typing import Any
 import triton.language as tl
 
 from ...tuning import ConvConfig, ConvProblem, pick
+from ..bn_act.triton_blocks import INPUT_MASK, NO_MASK
 from ..triton_build import Build, signature_of
-from .triton_epilogue import bn_stats_merge_kernel
+from .triton_epilogue import bn_stats_merge_kernel, bn_sums_merge_kernel
 from .triton_launch import MERGED_FILTERS, MERGED_TILES
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
 
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-EPILOGUES = ("HAS_SCALE", "HAS_SHIFT", "HAS_RESIDUAL", "RELU", "POOL", "STATISTICS")
+_AFFINE = ("HAS_SCALE", "HAS_SHIFT", "HAS_RESIDUAL", "RELU", "POOL", "STATISTICS")
+# "MASK" is that of a ReLU, of sums.
+EPILOGUES = (*_AFFINE, "SUMS", "MASK", "HAS_WEIGHT", "HAS_BIAS")
 
 
 def _constants(dtype: str, config: ConvConfig, epilogue: tuple[str, ...]) -> dict[str, Any]:
     return {
         **{name: name in epilogue for name in EPILOGUES},
+        "MASK": (INPUT_MASK if "MASK" in epilogue else NO_MASK).value,
         "ACC": tl.float32,
         "UPCAST": False,
         "PRECISION": "tf32" if dtype == "fp32" else "ieee",
@@ -28,6 +32,19 @@ def _constants(dtype: str, config: ConvConfig, epilogue: tuple[str, ...]) -> dic
         "BLOCK_K": config.filters,
         "STAGES": config.stages,
     }
+
+
+def _vectors(epilogue: tuple[str, ...]) -> dict[str, tuple[bool, str]]:
+    flags = {
+        "p_scale": ("HAS_SCALE",),
+        "p_shift": ("HAS_SHIFT",),
+        "p_mean": ("SUMS",),
+        "p_var": ("SUMS",),
+        "p_weight": ("HAS_WEIGHT",),
+        "p_bias": ("HAS_BIAS",),
+        "p_partial": ("STATISTICS", "SUMS"),
+    }
+    return {name: (not set(needed).isdisjoint(epilogue), "*fp32") for name, needed in flags.items()}
 
 
 def _picked(
@@ -67,10 +84,9 @@ def box_build(
     optional = {
         "d_skip": (skip > 0, boxes(1, rows, columns, config.channels)),
         "d_residual": ("HAS_RESIDUAL" in epilogue, boxes(1, rows, columns, config.filters)),
-        "p_scale": ("HAS_SCALE" in epilogue, "*fp32"),
-        "p_shift": ("HAS_SHIFT" in epilogue, "*fp32"),
         "d_pooled": ("POOL" in epilogue, boxes(1, rows // 2, columns // 2, config.filters)),
-        "p_partial": ("STATISTICS" in epilogue, "*fp32"),
+        "d_norm_x": ("SUMS" in epilogue, boxes(1, rows // 4, columns, config.filters)),
+        **_vectors(epilogue),
     }
     constants = {
         **_constants(dtype, config, epilogue),
@@ -124,9 +140,8 @@ def pointer_build(
     optional = {
         "p_skip": (False, f"*{dtype}"),
         "p_residual": ("HAS_RESIDUAL" in epilogue, f"*{dtype}"),
-        "p_scale": ("HAS_SCALE" in epilogue, "*fp32"),
-        "p_shift": ("HAS_SHIFT" in epilogue, "*fp32"),
-        "p_partial": ("STATISTICS" in epilogue, "*fp32"),
+        "p_norm_x": ("SUMS" in epilogue, f"*{dtype}"),
+        **_vectors(epilogue),
     }
     constants = {
         **_constants(dtype, config, epilogue),
@@ -165,7 +180,7 @@ def _build(
 ) -> Build:
     present = {argument: kind for argument, (there, kind) in optional.items() if there}
     absent = {argument: None for argument, (there, _) in optional.items() if not there}
-    types = {**given, **present}
+    types = {**given, **present, "eps": "fp64"}
     constants = {**constants, **absent}
     pointers = tuple(argument for argument, kind in types.items() if kind.startswith("*"))
     return Build(
@@ -200,6 +215,7 @@ def builds() -> list[Build]:
         pointer_build("stride2", "bf16", 64, 128, stride=2),
         pointer_build("stride2-gradient", "bf16", 128, 64, spread=2),
         *(_merge_build(final) for final in (False, True)),
+        _merge_sums_build(),
     ]
 
 
@@ -214,4 +230,16 @@ def _merge_build(final: bool) -> Build:
         signature_of(bn_stats_merge_kernel, given, constants),
         constants,
         aligned=(*pointers, "K"),
+    )
+
+
+def _merge_sums_build() -> Build:
+    given = {"p_partial": "*fp32", "p_merged": "*fp64"}
+    constants = {"BLOCK_T": MERGED_TILES, "BLOCK_K": MERGED_FILTERS}
+    return Build(
+        "bn_sums_merge",
+        bn_sums_merge_kernel,
+        signature_of(bn_sums_merge_kernel, given, constants),
+        constants,
+        aligned=(*given, "K"),
     )

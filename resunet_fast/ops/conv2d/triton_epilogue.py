@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..bn_act.triton_backward import masked
+
 
 @triton.jit
 def multiply(b_w, b_x, b_acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
@@ -61,6 +63,58 @@ def store_partial(p_partial, i_tile, n, b_mean, b_squares, K, o_k, m_k):
     tl.store(p_tile, tl.zeros_like(b_mean) + n, mask=m_k)
     tl.store(p_tile + K, b_mean, mask=m_k)
     tl.store(p_tile + 2 * K, b_squares, mask=m_k)
+
+
+@triton.jit
+def gradient_sums(
+    b_dz,  # [pixels, BLOCK_K], as stored
+    b_x,  # [pixels, BLOCK_K]
+    m,
+    b_mean,  # [BLOCK_K], as are scale and bias
+    b_scale,
+    b_bias,
+    MASK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Sums of g and of g (x - mean) over the pixels in `m`, [BLOCK_K] each.
+
+    g is dz where the ReLU of the batch norm of x let it through: what bn_act's own kernel sums.
+    """
+    b_v = b_x.to(ACC)
+    b_g = masked(b_dz.to(ACC), b_v, b_mean, b_scale, b_bias, None, 0, m, b_x.dtype, MASK)
+    b_with_x = tl.where(m, b_g * (b_v - b_mean[None, :]), 0.0)
+    return tl.sum(tl.where(m, b_g, 0.0), 0), tl.sum(b_with_x, 0)
+
+
+@triton.jit
+def store_sums(p_partial, i_tile, b_sum, b_with_x, K, o_k, m_k):
+    """Write a tile's sums into [tiles, 3, K], as bn_act's merge reads them; the third is unused."""
+    p_tile = p_partial + i_tile.to(tl.int64) * 3 * K + o_k
+    tl.store(p_tile, b_sum, mask=m_k)
+    tl.store(p_tile + K, b_with_x, mask=m_k)
+
+
+@triton.jit
+def bn_sums_merge_kernel(
+    p_partial,  # [tiles, 3, K]: sums of g and of g (x - mean)
+    p_merged,  # [ceil(tiles / BLOCK_T), 3, K], float64
+    tiles,
+    K,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add BLOCK_T tiles' sums into one, in a fixed order."""
+    i_group = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_t = i_group * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_k = o_k < K
+    p_tile = p_partial + o_t[:, None] * (3 * K) + o_k[None, :]
+    for ROW in tl.static_range(2):
+        b_part = tl.load(  # [BLOCK_T, BLOCK_K]
+            p_tile + ROW * K, mask=(o_t < tiles)[:, None] & m_k[None, :], other=0.0
+        )
+        b_sum = tl.sum(b_part.to(tl.float64), 0)
+        tl.store(p_merged + i_group * (3 * K) + ROW * K + o_k, b_sum, mask=m_k)
 
 
 @triton.jit

@@ -27,11 +27,15 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
     return first, second
 
 
+def geometry_of(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Geometry:
+    """Which pixels a convolution reads."""
+    return Geometry(_pair(weight.shape[2:]), _pair(stride), _pair(padding))
+
+
 def fused(operator: str, a: ConvArguments, epilogue: Epilogue) -> Result:
     """Convolve an operator's sources and apply an epilogue (its shift holds the bias)."""
     x = enlarged(a.input, a.skip, a.upsample)
-    kernel = _pair(a.weight.shape[2:])
-    geometry = Geometry(kernel, _pair(a.stride), _pair(a.padding))
+    geometry = geometry_of(a.weight, a.stride, a.padding)
     axes = zip(x.shape[2:], *geometry[:3], strict=True)
     height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in axes)
     return convolve(
@@ -88,13 +92,13 @@ def backward(
     size = _pair(input.shape[2:] if skip is None else skip.shape[2:])
     layout = output_layout(input, weight)
     channels = input.shape[1]
-    geometry = Geometry(_pair(weight.shape[2:]), _pair(stride), _pair(padding))
+    geometry = geometry_of(weight, stride, padding)
     if output_mask[0]:
-        dlow = data_gradient(grad_output, weight[:, :channels], geometry, size, layout)
+        dlow = data_gradient(grad_output, weight[:, :channels], geometry, size, layout).output
         if upsample_mode != "none":
             dlow = computed_by("triton", UPSAMPLE_BACKWARD)(dlow, input.shape[2:], upsample_mode)
     if output_mask[1]:
-        dskip = data_gradient(grad_output, weight[:, channels:], geometry, size, layout)
+        dskip = data_gradient(grad_output, weight[:, channels:], geometry, size, layout).output
     if output_mask[2]:
         x = enlarged(input, skip, upsample_mode)
         dweight = weight_gradient(grad_output, x, geometry.kernel, stride, padding, skip=skip)
@@ -110,7 +114,8 @@ def data_gradient(
     geometry: Geometry,
     size: tuple[int, int],
     layout: torch.memory_format,
-) -> Tensor:
+    epilogue: Epilogue | None = None,
+) -> Result:
     """Gradient of a source of a convolution: the convolution with its weight turned round.
 
     Args:
@@ -119,15 +124,16 @@ def data_gradient(
         geometry: of the convolution itself.
         size: (H, W).
         layout: of the result.
+        epilogue: what follows, if anything does.
 
     Returns:
-        [N, C, H, W].
+        The gradient, [N, C, H, W], and what the epilogue adds.
     """
     height, width = (k - 1 - p for k, p in zip(geometry.kernel, geometry.padding, strict=True))
     gather = Geometry(geometry.kernel, padding=(height, width), spread=geometry.stride, flip=True)
     turned = pack(weight, grad_output.dtype, transpose=True)
     arguments = (grad_output, None, turned, gather, size, layout)
-    return convolve("conv2d_backward", *arguments, Epilogue()).output
+    return convolve("conv2d_backward", *arguments, epilogue or Epilogue())
 
 
 def builds() -> list[Build]:

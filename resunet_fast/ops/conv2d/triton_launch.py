@@ -13,14 +13,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import environment
 from ...tuning import ConvConfig, ConvProblem, lookup, pick
+from ..bn_act.triton_blocks import INPUT_MASK, NO_MASK
 from ..layout import accumulator, channels_innermost, dense, empty
 from ..triton_dtype import accumulator_type, precision, upcast
-from .triton_epilogue import bn_stats_merge_kernel
+from .triton_epilogue import bn_stats_merge_kernel, bn_sums_merge_kernel
 from .triton_pointer import conv2d_fwd_pointer_kernel
 from .triton_tma import conv2d_fwd_tma_kernel
 
 MERGED_TILES = 128
 MERGED_FILTERS = 16
+# Sums of so many tiles are left to bn_act's merge, which reads them with few programs.
+MOST_SUMS = 1024
 
 
 class Geometry(NamedTuple):
@@ -41,6 +44,26 @@ class Geometry(NamedTuple):
     flip: bool = False
 
 
+class Normalised(NamedTuple):
+    """z = relu(batch_norm(x)), where a convolution returns dz.
+
+    Args:
+        x: [N, C, H, W] of dz's dtype.
+        mean, var: [C].
+        weight, bias: [C] or None.
+        eps: of the batch norm.
+        relu: whether there is the ReLU.
+    """
+
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    relu: bool
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What happens to a sum before it is rounded and stored, in this order.
@@ -52,6 +75,8 @@ class Epilogue:
         pool: return max_pool2d(result, 2) as well.
         statistics: return mean and biased variance of every filter, of the values as rounded;
             without residual and ReLU.
+        sums: return what the backward of this batch norm sums over tiles, of the values as rounded;
+            without pool and statistics.
     """
 
     scale: Tensor | None = None
@@ -60,15 +85,20 @@ class Epilogue:
     relu: bool = False
     pool: bool = False
     statistics: bool = False
+    sums: Normalised | None = None
 
 
 class Result(NamedTuple):
-    """What a convolution returns; None for what was not asked for."""
+    """What a convolution returns; None for what was not asked for.
+
+    `sums` are [tiles, 3, K], as bn_act's backward takes them.
+    """
 
     output: Tensor
     pooled: Tensor | None = None
     mean: Tensor | None = None
     var: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class Operands(NamedTuple):
@@ -78,6 +108,7 @@ class Operands(NamedTuple):
     skip: Tensor | None
     weight: Tensor
     residual: Tensor | None
+    norm_x: Tensor | None
     output: Tensor
 
 
@@ -116,13 +147,14 @@ def convolve(
         skip = None if skip is None else channels_innermost(skip)
     y = empty(x, (x.shape[0], weight.shape[0], *size), layout)
     residual = None if epilogue.residual is None else dense(epilogue.residual, layout)
-    operands = Operands(x, skip, weight, residual, y)
+    norm_x = None if epilogue.sums is None else dense(epilogue.sums.x, layout)
+    operands = Operands(x, skip, weight, residual, norm_x, y)
     if y.numel() == 0:
         return Result(y, F.max_pool2d(y, 2) if epilogue.pool else None)
     config = _config(operator, operands, geometry)
     tiles = _tiles(config, y)
     partial = None
-    if epilogue.statistics:
+    if epilogue.statistics or epilogue.sums:
         dtype = accumulator(x.dtype)
         partial = x.new_empty((y.shape[0] * tiles[0] * tiles[1], 3, y.shape[1]), dtype=dtype)
     with torch.cuda.device_of(x):
@@ -131,12 +163,15 @@ def convolve(
         else:
             _launch_pointers(operands, geometry, epilogue, config, tiles, partial)
             pooled = F.max_pool2d(y, 2) if epilogue.pool else None
-        stats = (None, None) if partial is None else merge(partial)
-    return Result(y, pooled, *stats)
+        if partial is None:
+            return Result(y, pooled)
+        if epilogue.statistics:
+            return Result(y, pooled, *merge(partial))
+        return Result(y, pooled, sums=merge_sums(partial))
 
 
 def _config(operator: str, operands: Operands, geometry: Geometry) -> ConvConfig:
-    x, _, weight, _, y = operands
+    x, weight, y = operands.x, operands.weight, operands.output
     n, k, h, w = y.shape
     dtype = str(x.dtype).removeprefix("torch.")
     stride = geometry.stride if geometry.spread == (1, 1) else geometry.spread
@@ -158,14 +193,14 @@ def _addressable(operands: Operands, geometry: Geometry) -> bool:
         return False
     if geometry.spread != (1, 1):
         return False
-    images = (operands.x, operands.skip, operands.residual, operands.output)
+    x, skip, _, *others = operands
     return _aligned(operands.weight, operands.weight.shape[2]) and all(
         image is None
         or (
             image.is_contiguous(memory_format=torch.channels_last)
             and _aligned(image, image.shape[1])
         )
-        for image in images
+        for image in (x, skip, *others)
     )
 
 
@@ -182,22 +217,31 @@ def _tiles(config: ConvConfig, y: Tensor) -> tuple[int, int]:
 
 
 def _flags(operands: Operands, epilogue: Epilogue) -> dict[str, Any]:
-    x = operands.x
+    x, norm = operands.x, epilogue.sums
+    mask = INPUT_MASK if norm is not None and norm.relu else NO_MASK
     return {
         "HAS_SCALE": epilogue.scale is not None,
         "HAS_SHIFT": epilogue.shift is not None,
         "HAS_RESIDUAL": operands.residual is not None,
         "RELU": epilogue.relu,
         "STATISTICS": epilogue.statistics,
+        "SUMS": norm is not None,
+        "MASK": mask.value,
+        "HAS_WEIGHT": norm is not None and norm.weight is not None,
+        "HAS_BIAS": norm is not None and norm.bias is not None,
         "ACC": accumulator_type(x),
         "UPCAST": upcast(x),
         "PRECISION": precision(x),
     }
 
 
-def _vectors(epilogue: Epilogue) -> list[Tensor | None]:
-    vectors = (epilogue.scale, epilogue.shift)
+def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
     return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
+def _norm_vectors(epilogue: Epilogue) -> list[Tensor | None]:
+    norm = epilogue.sums
+    return [None] * 4 if norm is None else _vectors(norm.mean, norm.var, norm.weight, norm.bias)
 
 
 def _channels(operands: Operands) -> dict[str, int]:
@@ -213,7 +257,7 @@ def _launch_boxes(
     tiles: tuple[int, int],
     partial: Tensor | None,
 ) -> Tensor | None:
-    x, skip, weight, residual, y = operands
+    x, skip, weight, residual, norm_x, y = operands
     n, k, h, w = y.shape
     rows, columns = config.rows, config.columns
     pooled = empty(x, (n, k, h // 2, w // 2), torch.channels_last) if epilogue.pool else None
@@ -227,7 +271,9 @@ def _launch_boxes(
         None if skip is None else _boxes(skip, rows, columns, config.channels),
         TensorDescriptor(taps, list(taps.shape), list(taps.stride()), weight_box),
         None if residual is None else _boxes(residual, rows, columns, config.filters),
-        *_vectors(epilogue),
+        *_vectors(epilogue.scale, epilogue.shift),
+        None if norm_x is None else _boxes(norm_x, rows // 4, columns, config.filters),
+        *_norm_vectors(epilogue),
         _boxes(y, rows, columns, config.filters),
         None
         if stored_pool is None
@@ -238,6 +284,7 @@ def _launch_boxes(
         k,
         *tiles,
         tiles_k,
+        epilogue.sums.eps if epilogue.sums else 0.0,
         **_channels(operands),
         FLIP=geometry.flip,
         POOL=stored_pool is not None,
@@ -269,7 +316,7 @@ def _launch_pointers(
     tiles: tuple[int, int],
     partial: Tensor | None,
 ) -> None:
-    x, skip, weight, residual, y = operands
+    x, skip, weight, residual, norm_x, y = operands
     n, k, oh, ow = y.shape
     tiles_k = triton.cdiv(k, config.filters)
     # Each program computes `filters` channels of consecutive pixels of one image.
@@ -278,7 +325,9 @@ def _launch_pointers(
         skip,
         weight,
         residual,
-        *_vectors(epilogue),
+        *_vectors(epilogue.scale, epilogue.shift),
+        norm_x,
+        *_norm_vectors(epilogue),
         y,
         partial,
         *x.shape[2:],
@@ -290,6 +339,7 @@ def _launch_pointers(
         *x.stride(),
         *((0, 0, 0, 0) if skip is None else skip.stride()),
         *y.stride(),
+        epilogue.sums.eps if epilogue.sums else 0.0,
         **_channels(operands),
         R=geometry.kernel[0],
         S=geometry.kernel[1],
@@ -334,3 +384,16 @@ def merge(partial: Tensor) -> tuple[Tensor, Tensor]:
         if final:
             return mean, var
         partial = merged
+
+
+def merge_sums(partial: Tensor) -> Tensor:
+    """Add tiles' sums in groups, always in the same order, where there are more than a few."""
+    tiles, _, k = partial.shape
+    if tiles <= MOST_SUMS:
+        return partial
+    merged = partial.new_empty((triton.cdiv(tiles, MERGED_TILES), 3, k), dtype=torch.float64)
+    # Each program adds up to 128 tiles of 16 filters.
+    bn_sums_merge_kernel[(merged.shape[0], triton.cdiv(k, MERGED_FILTERS))](
+        partial, merged, tiles, k, BLOCK_T=MERGED_TILES, BLOCK_K=MERGED_FILTERS
+    )
+    return merged

@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_epilogue import affine, moments, multiply, relu, store_partial
+from ..bn_act.triton_blocks import affine as bn_affine
+from .triton_epilogue import (
+    affine,
+    gradient_sums,
+    moments,
+    multiply,
+    relu,
+    store_partial,
+    store_sums,
+)
 
 
 @triton.jit
@@ -89,6 +98,11 @@ def conv2d_fwd_pointer_kernel(
     p_residual,  # [N, K, OH, OW] by y's strides, or None
     p_scale,  # [K], or None
     p_shift,  # [K], or None
+    p_norm_x,  # [N, K, OH, OW] by y's strides, or None, as are the four vectors
+    p_mean,  # [K]
+    p_var,  # [K]
+    p_weight,  # [K], or None
+    p_bias,  # [K], or None
     p_y,  # [N, K, OH, OW] by strides
     p_partial,  # [tiles, 3, K], or None
     H,
@@ -110,6 +124,7 @@ def conv2d_fwd_pointer_kernel(
     stride_yc,
     stride_yh,
     stride_yw,
+    eps: tl.float64,
     C_X: tl.constexpr,
     C_SKIP: tl.constexpr,
     R: tl.constexpr,
@@ -126,6 +141,10 @@ def conv2d_fwd_pointer_kernel(
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     STATISTICS: tl.constexpr,
+    SUMS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -172,4 +191,14 @@ def conv2d_fwd_pointer_kernel(
         b_v = b_v + tl.load(p_residual + o_y, mask=m, other=0.0).to(ACC)
     if RELU:
         b_v = relu(b_v)
-    tl.store(p_y + o_y, b_v.to(p_y.dtype.element_ty), mask=m)
+    b_stored = b_v.to(p_y.dtype.element_ty)
+    tl.store(p_y + o_y, b_stored, mask=m)
+    if SUMS:
+        b_mean, b_scale, b_bias = bn_affine(
+            p_mean, p_var, p_weight, p_bias, eps, o_k, m_k, HAS_WEIGHT, HAS_BIAS, ACC
+        )
+        b_x = tl.trans(tl.load(p_norm_x + o_y, mask=m, other=0.0))  # [BLOCK_P, BLOCK_K]
+        b_sum, b_with_x = gradient_sums(
+            tl.trans(b_stored), b_x, tl.trans(m), b_mean, b_scale, b_bias, MASK, ACC
+        )
+        store_sums(p_partial, i_tile, b_sum, b_with_x, K, o_k, m_k)

@@ -10,7 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_epilogue import affine, moments, multiply, relu, store_partial
+from ..bn_act.triton_blocks import affine as bn_affine
+from .triton_epilogue import (
+    affine,
+    gradient_sums,
+    moments,
+    multiply,
+    relu,
+    store_partial,
+    store_sums,
+)
 
 
 @triton.jit
@@ -111,6 +120,81 @@ def _tile_moments(
 
 
 @triton.jit
+def _add_sums(
+    b_sum,
+    b_with_x,
+    b_dz,  # [rows of BLOCK_W pixels, BLOCK_K]
+    d_norm_x,  # [N, H, W, K], boxes [1, rows, BLOCK_W, BLOCK_K]
+    i_n,
+    o_h,
+    o_w,
+    o_k,
+    m_k,
+    height,
+    width,
+    b_mean,
+    b_scale,
+    b_bias,
+    MASK: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Add the sums of further rows, of which `height` rows and `width` columns count."""
+    o_p = tl.arange(0, b_dz.shape[0])
+    m_p = (o_p // BLOCK_W < height) & (o_p % BLOCK_W < width)
+    b_x = d_norm_x.load([i_n, o_h, o_w, o_k]).reshape(b_dz.shape[0], b_dz.shape[1])
+    m = m_p[:, None] & m_k[None, :]
+    b_sum_2, b_with_x_2 = gradient_sums(b_dz, b_x, m, b_mean, b_scale, b_bias, MASK, ACC)
+    return b_sum + b_sum_2, b_with_x + b_with_x_2
+
+
+@triton.jit
+def _tile_sums(
+    b_stored,  # [BLOCK_H * BLOCK_W, BLOCK_K]
+    d_norm_x,
+    i_n,
+    o_h,
+    o_w,
+    o_k,
+    m_k,
+    height,
+    width,
+    b_mean,
+    b_scale,
+    b_bias,
+    MASK: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums over the first `height` rows and `width` columns, by quarters as the moments are."""
+    rows: tl.constexpr = BLOCK_H // 4
+    quarters: tl.constexpr = (2, 2, rows * BLOCK_W, BLOCK_K)
+    b_even, b_odd = tl.split(b_stored.reshape(quarters).permute(2, 3, 0, 1))
+    b_0, b_2 = tl.split(b_even)
+    b_1, b_3 = tl.split(b_odd)
+    b_sum = tl.zeros((BLOCK_K,), ACC)
+    b_with_x = b_sum
+    b_sum, b_with_x = _add_sums(
+        b_sum, b_with_x, b_0, d_norm_x, i_n, o_h, o_w, o_k, m_k, height, width,
+        b_mean, b_scale, b_bias, MASK, ACC, BLOCK_W,
+    )  # fmt: skip
+    b_sum, b_with_x = _add_sums(
+        b_sum, b_with_x, b_1, d_norm_x, i_n, o_h + rows, o_w, o_k, m_k, height - rows, width,
+        b_mean, b_scale, b_bias, MASK, ACC, BLOCK_W,
+    )  # fmt: skip
+    b_sum, b_with_x = _add_sums(
+        b_sum, b_with_x, b_2, d_norm_x, i_n, o_h + 2 * rows, o_w, o_k, m_k, height - 2 * rows,
+        width, b_mean, b_scale, b_bias, MASK, ACC, BLOCK_W,
+    )  # fmt: skip
+    return _add_sums(
+        b_sum, b_with_x, b_3, d_norm_x, i_n, o_h + 3 * rows, o_w, o_k, m_k, height - 3 * rows,
+        width, b_mean, b_scale, b_bias, MASK, ACC, BLOCK_W,
+    )  # fmt: skip
+
+
+@triton.jit
 def conv2d_fwd_tma_kernel(
     d_x,  # [N, H, W, C_X]
     d_skip,  # [N, H, W, C_SKIP], or None
@@ -118,6 +202,11 @@ def conv2d_fwd_tma_kernel(
     d_residual,  # [N, H, W, K], or None
     p_scale,  # [K], or None
     p_shift,  # [K], or None
+    d_norm_x,  # [N, H, W, K] by quarters of a tile, or None, as are the four vectors
+    p_mean,  # [K]
+    p_var,  # [K]
+    p_weight,  # [K], or None
+    p_bias,  # [K], or None
     d_y,  # [N, H, W, K]
     d_pooled,  # [N, H // 2, W // 2, K], or None
     p_partial,  # [tiles, 3, K], or None
@@ -127,6 +216,7 @@ def conv2d_fwd_tma_kernel(
     tiles_h,
     tiles_w,
     tiles_k,
+    eps: tl.float64,
     C_X: tl.constexpr,
     C_SKIP: tl.constexpr,
     FLIP: tl.constexpr,
@@ -136,6 +226,10 @@ def conv2d_fwd_tma_kernel(
     RELU: tl.constexpr,
     POOL: tl.constexpr,
     STATISTICS: tl.constexpr,
+    SUMS: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -180,6 +274,15 @@ def conv2d_fwd_tma_kernel(
         b_z = relu(b_z)
     b_stored = b_z.to(d_y.dtype)
     d_y.store([i_n, o_h, o_w, o_k], b_stored.reshape(1, BLOCK_H, BLOCK_W, BLOCK_K))
+    if SUMS:
+        b_mean, b_scale, b_bias = bn_affine(
+            p_mean, p_var, p_weight, p_bias, eps, o_ks, m_k, HAS_WEIGHT, HAS_BIAS, ACC
+        )
+        b_sum, b_with_x = _tile_sums(
+            b_stored, d_norm_x, i_n, o_h, o_w, o_k, m_k, H - o_h, W - o_w,
+            b_mean, b_scale, b_bias, MASK, ACC, BLOCK_H, BLOCK_W, BLOCK_K,
+        )  # fmt: skip
+        store_sums(p_partial, i_tile, b_sum, b_with_x, K, o_ks, m_k)
     if POOL:
         b_pooled = _max_pool(b_stored, ACC, BLOCK_H, BLOCK_W, BLOCK_K).to(d_y.dtype)
         box: tl.constexpr = (1, BLOCK_H // 2, BLOCK_W // 2, BLOCK_K)

@@ -67,7 +67,7 @@ def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
     if a.mean is None:
         # A constant per channel cancels in (y - mean): see the operator's docstring.
         epilogue = Epilogue(statistics=True)
-        y, _, mean, var = conv2d.fused("conv_bn_act", conv._replace(bias=None), epilogue)
+        y, _, mean, var, _ = conv2d.fused("conv_bn_act", conv._replace(bias=None), epilogue)
         output, pooled, _, _, *other = _normalise(a._replace(input=y, mean=mean, var=var))
         return output, pooled, y if keep else None, mean, var, *other
     if keep or a.residual_norm:
