@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import plots
+from . import launch, plots
 from .facts import sentence
 from .gpu.job import BAD, Record
 from .table import markdown, mebibytes, milliseconds, roofline
@@ -88,7 +88,8 @@ def shapes(records: list[Record]) -> str:
         f" {c['flops_per_second'] / 1e12:.0f} TFLOP/s."
         for c in (r["ceilings"] for r in records if "ceilings" in r)
     ]
-    return "\n\n".join([*rates, markdown(cells)])
+    calls = [markdown(launch.cells(r["launch"])) for r in records if "launch" in r]
+    return "\n\n".join([*rates, markdown(cells), *calls])
 
 
 def _column(row: Record) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import gpu_report, plots, predictions
+from . import gpu_report, launch, plots, predictions
 from .facts import sentence
 from .networks import INFERENCE, TRAINING
 from .table import markdown, mebibytes, milliseconds, roofline, times
@@ -123,6 +123,8 @@ def details(results: Results, path: Path, docs: Path) -> str:
     parts += [network_tables(results, p) for p in (TRAINING, INFERENCE) if p in results]
     if results.get("operators"):
         parts.append(operator_table(results))
+    if results.get("launch"):
+        parts.append(markdown(launch.cells(results["launch"])))
     if results.get("classes_ms"):
         parts.append(gpu_report.class_table(results["classes_ms"]))
     found = plots.draw_cpu(results, docs)

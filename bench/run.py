@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 
-from . import ceilings, classes, peers, table
+from . import ceilings, classes, launch, peers, table
 from .facts import facts, sentence
 from .network_run import Session, measure
 from .networks import INFERENCE, TRAINING, VARIANTS, Setting
@@ -29,7 +29,7 @@ from .roofline import Ceilings, Work, share
 from .timing import Timing
 
 RESULTS = Path("bench/results")
-SECTIONS = ("operators", TRAINING, INFERENCE)
+SECTIONS = ("operators", "launch", TRAINING, INFERENCE)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Batch, side and width of the two networks, and the seconds for the timed rounds of one precision.
 SIZES: dict[tuple[str, str], tuple[int, int, int]] = {
@@ -122,6 +122,8 @@ def text(results: dict[str, Any]) -> str:
     parts = []
     if results.get("operators"):
         parts.append("operators\n" + operator_table(results["operators"]))
+    if results.get("launch"):
+        parts.append("what a call costs\n" + table.columns(launch.cells(results["launch"])))
     for phase in (TRAINING, INFERENCE):
         for section in results.get(phase, {}).values():
             title = str(Setting(**section["setting"]))
@@ -182,6 +184,7 @@ def sections(known: dict[str, Ceilings], options: argparse.Namespace) -> dict[st
     """What was asked for, and the seconds that each part took."""
     parts: dict[str, Callable[[], Any]] = {
         "operators": lambda: operator_rows(known, options.select),
+        "launch": lambda: launch.measure(options.device, options.rounds or launch.ROUNDS),
         TRAINING: lambda: network_sections(TRAINING, known, options),
         INFERENCE: lambda: network_sections(INFERENCE, known, options),
     }

@@ -80,6 +80,11 @@ HEAD = {
 }
 
 
+def launches(way: str) -> dict[str, Any]:
+    ours = {"ms": timing(0.008), "ratio": timing(1.25)}
+    return {"bn_act, grad: eager": {"ms": timing(0.01)}, f"bn_act, grad: {way}": ours}
+
+
 @pytest.fixture
 def results() -> dict[str, Any]:
     return {
@@ -95,6 +100,7 @@ def results() -> dict[str, Any]:
         },
         "import_seconds": {"torch": 1.0, "resunet_fast": 0.04},
         "operators": {"bn_act-forward-cpu": row(3.0, backend="cpu", direction="forward")},
+        "launch": launches("cpu"),
         "training": {p: section("training", p) for p in ("fp32", "bf16")},
         "inference": {p: section("inference", p) for p in ("fp32", "bf16")},
         "classes_ms": {"eager": {"convolution": 9.0, "other": 1.0}, "fast": {"convolution": 8.0}},
@@ -131,6 +137,7 @@ def gpu_records() -> dict[str, list[dict[str, Any]]]:
                 "status": "OK",
                 "ceilings": {"bytes_per_second": 4e12, "flops_per_second": 7e14},
             },
+            {"job": "launch", "status": "OK", "launch": launches("triton")},
             convolution(
                 "fprop",
                 [
@@ -202,6 +209,7 @@ def test_report_renders_tables_and_plots_with_their_provenance(
     assert "copy 20.0 GB/s, matrix product 250 GFLOP/s" in docs
     assert "Not yet run on a GPU. `make gpu PART=check`" in docs
     assert "| convolution | 9.00 | 8.00 |" in docs
+    assert "| bn_act, grad: eager | 10.0 us [9.8, 10.2] |  |" in docs
     for name in ("training_fp32_cpu.svg", "memory_bf16_cpu.svg", "operators_cpu.svg"):
         assert f"]({name})" in docs
         assert (tmp_path / name).read_text().startswith("<?xml")
@@ -262,6 +270,7 @@ def test_report_of_a_gpu(tmp_path: Path) -> None:
     text = gpu_report.text(tmp_path, tmp_path)
     assert "NVIDIA H200" in text
     assert "copy 4.00 TB/s, matrix product 700 TFLOP/s" in text
+    assert "| bn_act, grad: triton | 8.0 us [7.8, 8.2] | 1.25x [1.23, 1.27] |" in text
     # Triton's column has its fastest tiles.
     assert "| conv fprop | 0.900 ms, 60% (memory) | 0.800 ms, 60% (memory) | 0.600 ms" in text
     assert (

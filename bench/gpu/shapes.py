@@ -1,4 +1,5 @@
-"""Part `shapes`: every convolution of the network, and the bn_act family at its five levels.
+"""Part `shapes`: every convolution of the network, the bn_act family at its five levels, and what
+a call costs the CPU.
 
 Convolutions: cuDNN's fprop, dgrad, wgrad and fused convolution + bias (+ addition) + ReLU through
 torch's operators, and every implementation in the registry, each on channels_last bfloat16.
@@ -12,6 +13,7 @@ from functools import partial
 import torch
 
 from .. import ceilings as rates
+from .. import launch
 from .. import table as tables
 from ..layers import layers
 from ..roofline import Ceilings
@@ -24,10 +26,13 @@ DTYPE = torch.bfloat16
 
 
 def jobs(dry: bool) -> list[Job]:
-    """The ceilings, one job per convolution shape and operation, one per operator case."""
+    """Ceilings, launches, one job per convolution shape and operation, one per operator case."""
     batch, size, width = (1, 32, 16) if dry else (BATCH, SIZE, WIDTH)
     known = partial(measured, dry)
-    found = [Job("ceilings", partial(ceilings_record, dry))]
+    found = [
+        Job("ceilings", partial(ceilings_record, dry)),
+        Job("launch", partial(launch_record, dry)),
+    ]
     shapes = dict.fromkeys(
         layer.shape for layer in layers(batch, size, size, base_width=width) if layer.kernel == 3
     )
@@ -49,6 +54,10 @@ def measured(dry: bool) -> Ceilings:
 
 def ceilings_record(dry: bool) -> Record:
     return {"ceilings": asdict(measured(dry))}
+
+
+def launch_record(dry: bool) -> Record:
+    return {"launch": launch.measure(device(dry), 3 if dry else launch.ROUNDS)}
 
 
 def table(records: list[Record]) -> str:
@@ -73,7 +82,8 @@ def table(records: list[Record]) -> str:
             if row.get("note")
         }
     )
-    return "\n".join([*lines, tables.columns(cells), *notes])
+    calls = [tables.columns(launch.cells(r["launch"])) for r in records if "launch" in r]
+    return "\n".join([*lines, tables.columns(cells), *notes, *calls])
 
 
 def _cell(row: Record | None) -> str:
