@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,19 @@ def test_gradients_of_another_layout_are_the_operators_business(calls: Counted) 
     expected = gradient(torch.ones_like)
     assert torch.equal(gradient(lambda z: torch.ones(()).expand_as(z)), expected)
     assert calls.taken == 3
+
+
+def test_backward_uses_the_forwards_library(calls: Counted) -> None:
+    unit = Unit.make("training", torch.float32, "contiguous", True, (2, 3, 4, 5))
+    with rf.use_backend("cpu"):
+        z = rf.functional.bn_act(unit.x, Norm.of(unit.bn), residual=unit.residual)
+    assert isinstance(z, Tensor)
+    with rf.use_backend("reference"):
+        thread = threading.Thread(target=z.backward, args=(torch.ones_like(z),))
+        thread.start()
+        thread.join()
+    assert calls.taken == 2
+    assert unit.x.grad is not None
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
