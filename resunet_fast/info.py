@@ -19,7 +19,11 @@ def collect() -> dict[str, Any]:
         "resunet_fast": __version__,
         "machine": environment.machine(),
         "build": native.build_info(),
-        "native": {"reasons": native.unavailable(), "isa": _isa()},
+        "native": {
+            "reasons": native.unavailable(),
+            "isa": _isa(),
+            "direct": native.cpu_calls() is not None,
+        },
         "backends": registry.backends(),
         "operators": {name: _refusals(name) for name in sorted(registry.OPERATORS)},
     }
@@ -55,6 +59,10 @@ def text(facts: dict[str, Any]) -> str:
     else:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in NATIVE_DTYPES)
         lines.append(f"  loaded; instruction set {facts['native']['isa']}; {dtypes}")
+        if not facts["native"]["direct"]:
+            lines.append(
+                "  every call takes the dispatcher: this torch or an old build has no other"
+            )
     lines += [f"  built: {key}: {_short(value)}" for key, value in facts["build"].items()]
     lines += ["", "backends"]
     lines += [f"  {name}: {_verdict(why)}" for name, why in facts["backends"].items()]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from resunet_fast import info, registry
+from resunet_fast import info, native, registry
 
 
 def test_info_names_every_operator_and_implementation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +32,14 @@ def test_info_prints_refusals_when_the_library_is_missing() -> None:
     printed = info.text(facts)
     assert "not loaded: it was never built" in printed
     assert "cpu: refuses: it was never built" in printed
+
+
+def test_info_says_where_no_call_passes_the_dispatcher_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = info.collect()
+    if facts["native"]["reasons"]:
+        assert not facts["native"]["direct"]
+        return
+    assert facts["native"]["direct"]
+    assert "every call takes the dispatcher" not in info.text(facts)
+    monkeypatch.setattr(native, "cpu_calls", lambda: None)
+    assert "every call takes the dispatcher" in info.text(info.collect())
