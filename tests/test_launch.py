@@ -13,6 +13,7 @@ from twins import BACKENDS
 import resunet_fast as rf
 from bench import launch
 from bench.command import main
+from resunet_fast import native
 from resunet_fast.functional import Norm
 from resunet_fast.ops.upsample_concat.op import UPSAMPLE_CONCAT
 from resunet_fast.registry import _plain, unobserved
@@ -43,7 +44,7 @@ def results(by_dispatcher: bool) -> list[Tensor]:
     else:
         z = rf.functional.bn_act(x, Norm.of(bn), residual=x)
     assert isinstance(z, Tensor)
-    assert bn.running_mean._version == version + 1
+    assert bn.running_mean._version > version
     z.square().sum().backward()
     assert x.grad is not None
     return [z.detach(), x.grad, *(p.grad for p in bn.parameters() if p.grad is not None)]
@@ -91,6 +92,6 @@ def test_the_benchmark_writes_its_rows(
     assert all(row["ms"]["median"] > 0 for row in rows.values())
     assert all(("ratio" in row) == ("eager" not in name) for name, row in rows.items())
     printed = capsys.readouterr().out
-    assert "bn_act, forward and backward: cpu" in printed
+    assert "conv_bn_act, forward and backward: eager" in printed
     assert "eager's over it" in printed
     assert rf.registry.forced_backend() == ""
