@@ -25,7 +25,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return counted
 
 
-def test_memory_that_wasgiven_back_is_refused(calls: Counted) -> None:
+def test_memory_that_was_given_back_is_refused(calls: Counted) -> None:
     x, norm = torch.randn(2, 4, 6, 6), Norm(torch.ones(4), torch.zeros(4))
     for changed in (
         {"input": given_back(x), "norm": norm},
