@@ -33,7 +33,7 @@ def bn_act(input: Tensor, norm: Norm, residual: Tensor | None, relu: bool) -> Te
         residual: same shape, dtype and layout as `input`, or None.
         relu: apply the ReLU.
     """
-    if not unobserved() or forward_ad._current_level >= 0 or input.dim() != 4:
+    if not _plain_autograd() or input.dim() != 4:
         return None
     calls = _calls(input)
     if calls is None:
@@ -60,7 +60,7 @@ def update_running_stats(
         count: positions per channel.
         conv_bias: [C], added to `mean`, or None.
     """
-    if not unobserved() or forward_ad._current_level >= 0:
+    if not _plain_autograd():
         return False
     calls = _calls(mean)
     if calls is None:
@@ -70,6 +70,11 @@ def update_running_stats(
         return False
     _written(*running)
     return True
+
+
+def _plain_autograd() -> bool:
+    """Whether nothing listens but reverse-mode autograd."""
+    return unobserved() and forward_ad._current_level < 0
 
 
 def _written(*tensors: Tensor | None) -> None:
@@ -138,7 +143,7 @@ class _BnAct(Function):
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors
         grads = None
-        if not torch.is_grad_enabled() and unobserved() and forward_ad._current_level < 0:
+        if not torch.is_grad_enabled() and _plain_autograd():
             grads = _backward(ctx, grad, saved)
         if grads is None:
             grads = _by_operators(ctx, grad, saved)
