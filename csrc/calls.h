@@ -88,7 +88,11 @@ class Arguments {
     return take(), std::nullopt;
   }
 
-  bool flag() { return take() == Py_True; }
+  bool flag() {
+    PyObject* value = take();
+    if (value != Py_True && value != Py_False) throw Declined();
+    return value == Py_True;
+  }
 
   int64_t integer() {
     const int64_t number = PyLong_AsLongLong(take());
@@ -113,6 +117,16 @@ class Arguments {
   PyObject* const* next_;
   PyObject* const* end_;
 };
+
+#ifdef USE_CUDA
+// Made current before the checks, which expect it: the forward may be called from a thread whose
+// device is another, and the backward from one of autograd's, whose device it is.
+using Current = torch::stable::accelerator::DeviceGuard;
+#else
+struct Current {
+  explicit Current(int32_t) {}
+};
+#endif
 
 // Statistics that are given as two vectors, or that a call computes: a matrix [2, C].
 class Statistics {
@@ -150,6 +164,7 @@ class Forward {
  public:
   explicit Forward(Arguments& a)
       : input_(a.tensor()),
+        current_(input_.get_device_index()),
         weight_(a.optional()),
         bias_(a.optional()),
         running_mean_(a.optional()),
@@ -197,17 +212,20 @@ class Forward {
     check_one_dtype();
   }
 
-  // torch refuses vectors of several dtypes.
+  // torch refuses vectors of several dtypes, and of others than the image's or the statistics'.
   void check_one_dtype() const {
-    std::optional<ScalarType> type;
+    std::optional<ScalarType> common;
     for (const OptionalTensor* t : {&weight_, &bias_, &running_mean_, &running_var_}) {
       if (!t->has_value()) continue;
-      if (type.has_value() && *type != (*t)->scalar_type()) throw Declined();
-      type = (*t)->scalar_type();
+      const ScalarType type = (*t)->scalar_type();
+      if (type != common.value_or(type)) throw Declined();
+      if (type != input_.scalar_type() && type != statistics_.mean.scalar_type()) throw Declined();
+      common = type;
     }
   }
 
   const Tensor input_;
+  const Current current_;
   const OptionalTensor weight_, bias_, running_mean_, running_var_, counter_;
   const bool training_;
   const double momentum_, eps_;
@@ -226,6 +244,7 @@ class Backward {
  public:
   explicit Backward(Arguments& a)
       : grad_output_(a.tensor()),
+        current_(grad_output_.get_device_index()),
         input_(a.tensor()),
         output_(a.optional()),
         batch_(a.optional_fresh()),
@@ -257,7 +276,9 @@ class Backward {
   }
 
  private:
-  const Tensor grad_output_, input_;
+  const Tensor grad_output_;
+  const Current current_;
+  const Tensor input_;
   const OptionalTensor output_, batch_, running_mean_, running_var_;
   const Statistics statistics_;
   const OptionalTensor weight_, bias_;
@@ -273,6 +294,7 @@ class Update {
  public:
   explicit Update(Arguments& a)
       : running_mean_(a.tensor()),
+        current_(running_mean_.get_device_index()),
         running_var_(a.tensor()),
         counter_(a.optional()),
         mean_(a.tensor()),
@@ -291,7 +313,9 @@ class Update {
   }
 
  private:
-  const Tensor running_mean_, running_var_;
+  const Tensor running_mean_;
+  const Current current_;
+  const Tensor running_var_;
   const OptionalTensor counter_;
   const Tensor mean_, var_;
   const OptionalTensor bias_;
@@ -343,9 +367,10 @@ PyObject* answer(PyObject*, PyObject* const* values, Py_ssize_t count) {
 PyObject* bind(PyObject*, PyObject* arguments) {
   PyObject *capsule, *tensor, *parameter;
   if (!PyArg_ParseTuple(arguments, "OOO", &capsule, &tensor, &parameter)) return nullptr;
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  if (api == nullptr) return nullptr;
+  const char* name = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(capsule, name)) return PyBool_FromLong(0);
+  const auto* api =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, name));
   if (api->major != dlpack::kMajor || api->from_python == nullptr) return PyBool_FromLong(0);
   Py_INCREF(tensor);
   Py_INCREF(parameter);

@@ -81,8 +81,9 @@ inline std::ostream& operator<<(std::ostream& text, const Name& name) {
   return text << name.prefix << name.name;
 }
 
-// A call runs on the GPU, which is then the current one, if any of its tensors is on one.
-inline void check_device(const char* op, const Name& name, const Tensor& t) {
+// A call runs on the GPU, which is then the current one, if any of its tensors is on one. Memory may
+// be missing: that of zeros which torch does not store, or one that was given back.
+inline void check_memory(const char* op, const Name& name, const Tensor& t) {
 #ifdef USE_CUDA
   const int32_t device = torch::stable::accelerator::getCurrentDeviceIndex();
   if (!t.is_cuda() || t.get_device_index() != device) {
@@ -91,6 +92,7 @@ inline void check_device(const char* op, const Name& name, const Tensor& t) {
 #else
   if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU, like the other tensors");
 #endif
+  if (t.numel() > 0 && t.data_ptr() == nullptr) fail(op, ": ", name, " has no memory");
 }
 
 // The images of one call: all of one dtype and one dense layout, which is known once all were
@@ -108,7 +110,7 @@ class Images {
   }
 
   void add(const char* name, const Tensor& t) {
-    check_device(op_, name, t);
+    check_memory(op_, name, t);
     if (t.dim() != 4) fail(op_, ": ", name, " must have 4 dimensions (N, C, H, W), got ", t.dim());
     if (t.scalar_type() != dtype_) {
       fail(
@@ -156,7 +158,7 @@ class Images {
 };
 
 inline void check_vector(const char* op, const Name& name, const Tensor& t, int64_t length) {
-  check_device(op, name, t);
+  check_memory(op, name, t);
   if (t.dim() != 1 || t.size(0) != length) {
     fail(
         op, ": ", name, " must have shape [", length, "] (one value per channel), got ",

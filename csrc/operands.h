@@ -229,7 +229,7 @@ inline void check_update_running_stats(
     fail(op, ": num_batches_tracked must be given when momentum is negative (cumulative average)");
   }
   if (!counter.has_value()) return;
-  check_device(op, "num_batches_tracked", *counter);
+  check_memory(op, "num_batches_tracked", *counter);
   if (counter->numel() != 1 || counter->scalar_type() != ScalarType::Long) {
     fail(
         op, ": num_batches_tracked must be one int64, got ", dtype_name(counter->scalar_type()),

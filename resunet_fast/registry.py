@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import (
+    DispatchKey,
     _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
@@ -194,6 +196,7 @@ def unobserved() -> bool:
     return not (
         is_compiling()
         or _len_torch_dispatch_stack() > 0
+        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
         or _are_functorch_transforms_active()
         or _get_tracing_state() is not None
         or _profiler_enabled()

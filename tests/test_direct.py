@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import children
 import emulation
 import pytest
 import torch
+from direct_calls import LAYOUTS, Counted, Unit, given_back
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -22,30 +23,7 @@ from resunet_fast.functional import Norm
 from resunet_fast.ops.bn_act import direct
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason="; ".join(native.unavailable()))
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MODES = ("training", "cumulative", "untracked", "evaluation", "constant")
-
-
-class Counted:
-    """A library's calls, and how many of them it took."""
-
-    def __init__(self, calls: Any) -> None:
-        self.calls, self.taken = calls, 0
-
-    def bn_act(self, *arguments: Any) -> bool:
-        taken: bool = self.calls.bn_act(*arguments)
-        self.taken += taken
-        return taken
-
-    def update_running_stats(self, *arguments: Any) -> bool:
-        taken: bool = self.calls.update_running_stats(*arguments)
-        self.taken += taken
-        return taken
-
-    def bn_act_backward(self, *arguments: Any) -> bool:
-        taken: bool = self.calls.bn_act_backward(*arguments)
-        self.taken += taken
-        return taken
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -64,47 +42,6 @@ def calls(
     assert counted.calls is not None
     monkeypatch.setattr(native, "cpu_calls", lambda: counted)
     return counted
-
-
-class Unit(NamedTuple):
-    """Operands of one call, each its own leaf."""
-
-    x: Tensor
-    residual: Tensor | None
-    bn: nn.BatchNorm2d
-
-    @staticmethod
-    def make(
-        mode: str, dtype: torch.dtype, layout: str, residual: bool, size: tuple[int, ...]
-    ) -> Unit:
-        torch.manual_seed(0)
-
-        def image() -> Tensor:
-            values = torch.randn(size).to(dtype).to(memory_format=LAYOUTS[layout])
-            return values.requires_grad_()
-
-        momentum = None if mode == "cumulative" else 0.3
-        bn = nn.BatchNorm2d(
-            size[1],
-            momentum=momentum,
-            affine=mode != "constant",
-            track_running_stats=mode != "untracked",
-        )
-        bn.train(mode != "evaluation")
-        x, r = image(), image() if residual else None
-        for parameter in bn.parameters():
-            nn.init.normal_(parameter)
-        return Unit(x, r, bn.double() if dtype == torch.float64 else bn)
-
-    def results(self, relu: bool) -> list[Tensor]:
-        z = rf.functional.bn_act(self.x, Norm.of(self.bn), residual=self.residual, relu=relu)
-        assert isinstance(z, Tensor)
-        torch.manual_seed(1)
-        z.backward(torch.empty_like(z).copy_(torch.randn(z.shape)))
-        leaves = (self.x, *self.bn.parameters(), self.residual)
-        gradients = [leaf.grad for leaf in leaves if leaf is not None]
-        versions = torch.tensor([b._version for b in self.bn.buffers()])
-        return [z.detach(), *gradients, *self.bn.buffers(), versions]  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -277,6 +214,13 @@ def _declined() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "no counter", {"num_batches_tracked": None, "momentum": None}
     yield "counter of another dtype", {"num_batches_tracked": torch.zeros(())}
     yield "eps of another kind", {"eps": "1e-5"}
+    yield "training of another kind", {"training": 1}
+    bare = {"weight": None, "bias": None}
+    wide = {"running_mean": vector.double(), "running_var": vector.double()}
+    yield "running vectors of another dtype", bare | wide
+    yield "zeros that are not stored", {"input": torch._efficientzerotensor(x.shape)}
+    yield "vector of zeros that are not stored", {"bias": torch._efficientzerotensor((4,))}
+    yield "memory that was given back", {"input": given_back(x)}
 
 
 DECLINED = dict(_declined())

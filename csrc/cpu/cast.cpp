@@ -11,7 +11,7 @@ bool is_dense(const Tensor& t) {
 }
 
 void check_cast(const Tensor& input, const Tensor& output) {
-  check_device("cast", "output", output);
+  check_memory("cast", "output", output);
   if (!is_floating(input.scalar_type()) || !is_floating(output.scalar_type())) {
     fail(
         "cast: input and output must be float32, float64, bfloat16 or float16, got ",

@@ -14,7 +14,7 @@ void check_available(const char* op) {
 }
 
 void check_channels_last(const char* op, const char* name, const Tensor& t) {
-  check_device(op, name, t);
+  check_memory(op, name, t);
   const bool image = t.dim() == 4 && t.scalar_type() == ScalarType::Float;
   if (image && (t.numel() == 0 || dense_in_order(t, {0, 2, 3, 1}))) return;
   fail(
@@ -28,7 +28,7 @@ void check_multiple(const char* op, const char* name, int64_t channels) {
 }
 
 void check_packed(const char* op, const Tensor& packed, int64_t k, int64_t c) {
-  check_device(op, "packed", packed);
+  check_memory(op, "packed", packed);
   const bool shaped = packed.dim() == 4 && packed.size(0) == k / 16 && packed.size(1) == 16 &&
                       packed.size(2) == c && packed.size(3) == 16;
   if (shaped && packed.scalar_type() == ScalarType::Float &&

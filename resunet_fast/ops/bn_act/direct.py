@@ -132,12 +132,15 @@ class _BnAct(Function):
             mean, var = norm.running_mean, norm.running_var
         else:
             mean = var = None
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, output, weight, bias, batch, mean, var)
         ctx.call = calls, norm.eps, relu
         return z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors
         grads = None
         if not torch.is_grad_enabled() and _plain_autograd():
