@@ -39,6 +39,7 @@ def nothing(*_: Any) -> list[str]:
     return []
 
 
+_EXPORT_TRACES = DispatchKey.PreDispatch
 _REQUIRED = object()  # marks arguments without a default
 LIBRARY = torch.library.Library("resunet_fast", "DEF")
 OPERATORS: dict[str, Operator] = {}
@@ -196,7 +197,7 @@ def unobserved() -> bool:
     return not (
         is_compiling()
         or _len_torch_dispatch_stack() > 0
-        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+        or _dispatch_tls_is_dispatch_key_included(_EXPORT_TRACES)
         or _are_functorch_transforms_active()
         or _get_tracing_state() is not None
         or _profiler_enabled()

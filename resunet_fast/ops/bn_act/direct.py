@@ -77,10 +77,10 @@ def _plain_autograd() -> bool:
     return unobserved() and forward_ad._current_level < 0
 
 
-def _written(*tensors: Tensor | None) -> None:
+def _written(mean: Any, var: Any, counter: Any) -> None:
     """Autograd learns that a tensor has changed from its version, and of nothing else."""
     if not is_inference_mode_enabled():
-        _increment_version([t for t in tensors if t is not None])
+        _increment_version([mean, var] if counter is None else [mean, var, counter])
 
 
 def _calls(input: Tensor) -> Any:
