@@ -100,12 +100,18 @@ class Arguments {
     return number;
   }
 
-  double number(std::optional<double> none = std::nullopt) {
-    PyObject* value = take();
-    if (value == Py_None && none.has_value()) return *none;
-    const double number = PyFloat_AsDouble(value);
+  double number() {
+    const double number = PyFloat_AsDouble(take());
     if (number == -1.0 && PyErr_Occurred()) throw Declined();
     return number;
+  }
+
+  // None, a cumulative average, is negative for the operators.
+  double momentum() {
+    if (next_ != end_ && *next_ == Py_None) return take(), -1.0;
+    const double momentum = number();
+    if (momentum < 0.0) throw Declined();
+    return momentum;
   }
 
  private:
@@ -171,7 +177,7 @@ class Forward {
         running_var_(a.optional()),
         counter_(a.optional()),
         training_(a.flag()),
-        momentum_(a.number(-1.0)),
+        momentum_(a.momentum()),
         eps_(a.number()),
         residual_(a.optional()),
         relu_(a.flag()),
@@ -301,8 +307,12 @@ class Update {
         var_(a.tensor()),
         bias_(a.optional()),
         count_(a.integer()),
-        momentum_(a.number(-1.0)) {
-    check_update_running_stats(mean_, var_, bias_, momentum_, running_mean_, running_var_, counter_);
+        momentum_(a.momentum()) {
+    check_update_running_stats(
+        mean_, var_, bias_, momentum_, running_mean_, running_var_, counter_);
+    // The operator rounds it to the statistics' dtype.
+    const bool wider = bias_.has_value() && bias_->scalar_type() == ScalarType::Double;
+    if (wider && mean_.scalar_type() != ScalarType::Double) throw Declined();
   }
 
   int64_t elements() const { return mean_.numel(); }

@@ -114,6 +114,8 @@ def _tracks(norm: Norm) -> bool:
         return False
     if not norm.training:
         return True
+    if norm.momentum is not None and norm.momentum < 0:  # which torch takes as it is
+        return False
     if norm.running_mean is None:
         return norm.num_batches_tracked is None
     return norm.momentum is not None or norm.num_batches_tracked is not None

@@ -316,8 +316,10 @@ def update_running_stats(
         conv_bias: [C], added to `mean`: a convolution bias that was left out.
 
     Raises:
-        ValueError: one position, which has no unbiased variance.
+        ValueError: one position, which has no unbiased variance, or a negative momentum.
     """
+    if norm.momentum is not None and norm.momentum < 0:
+        raise ValueError(f"momentum: expected None or a number from 0 on, got {norm.momentum}")
     if count == 1:
         raise ValueError("count: expected 0 or at least 2 positions per channel, got 1")
     if direct.update_running_stats(norm, mean, var, count, conv_bias):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,12 +53,8 @@ def kept(function: Callable[[], Any], names: dict[str, Tensor]) -> list[str]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = tensors(function())
     known |= {o.data_ptr(): f"result {i}" for i, o in enumerate(outputs)}
-    ranks = {1: ["vector"], 2: ["vector", "vector"], 4: ["image"]}  # 2: mean and variance
-    found = [
-        [known[tensor.data_ptr()]] if tensor.data_ptr() in known else ranks[tensor.dim()]
-        for tensor in saved
-    ]
-    return sorted(itertools.chain(*found))
+    ranks = {1: "vector", 4: "image"}
+    return sorted(known.get(tensor.data_ptr()) or ranks[tensor.dim()] for tensor in saved)
 
 
 X, SKIP = image(2, 3, 4, 6).requires_grad_(), image(2, 4, 4, 6)

@@ -172,6 +172,7 @@ def test_running_statistics(
         {"running_var": torch.ones(4).as_subclass(Tensor).to("meta")},
         {"num_batches_tracked": None, "momentum": None},
         {"momentum": "0.1"},
+        {"momentum": -0.5},
     ],
     ids=lambda changes: ", ".join(changes),
 )

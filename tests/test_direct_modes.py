@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ from direct_calls import Counted, Unit, given_back
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import resunet_fast as rf
 from resunet_fast import native
@@ -33,6 +38,52 @@ def test_memory_that_was_given_back_is_refused(calls: Counted) -> None:
     ):
         with pytest.raises(RuntimeError, match="has no memory"):
             rf.functional.bn_act(**changed)
+
+
+@pytest.mark.parametrize(
+    "observer",
+    [torch.profiler.profile, partial(FlopCounterMode, display=False)],
+    ids=["profiler", "flops"],
+)
+@pytest.mark.parametrize("during", ["forward", "backward"])
+def test_checkpoints_may_be_observed(
+    observer: Callable[[], AbstractContextManager[Any]], during: str, calls: Counted
+) -> None:
+    """Whether what they recompute takes the same way or another."""
+
+    def gradients(*, checkpointed: bool, observed: bool) -> list[Tensor | None]:
+        unit = Unit.make("training", torch.float32, "channels_last", True, (2, 3, 4, 5))
+        norm = Norm.of(unit.bn)
+
+        def block(x: Tensor) -> Any:
+            return rf.functional.bn_act(x, norm, residual=unit.residual)
+
+        with observer() if observed and during == "forward" else nullcontext():
+            z = checkpoint(block, unit.x, use_reentrant=False) if checkpointed else block(unit.x)
+        with observer() if observed and during == "backward" else nullcontext():
+            z.backward(torch.ones_like(z))
+        return [unit.x.grad, *(p.grad for p in unit.bn.parameters())]
+
+    expected = gradients(checkpointed=False, observed=False)
+    assert calls.taken == 2
+    for found in (gradients(checkpointed=True, observed=o) for o in (False, True)):
+        assert all(map(torch.equal, found, expected))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_negative_momentum_is_eagers(residual: bool, calls: Counted) -> None:
+    x, own, eager = torch.randn(2, 4, 6, 6), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    for bn in (own, eager):
+        bn.momentum = -0.5
+    rf.functional.bn_act(x, Norm.of(own), residual=x if residual else None)
+    eager(x)
+    for a, b in zip(own.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(
+        ValueError, match=r"momentum: expected None or a number from 0 on, got -0.5"
+    ):
+        rf.functional.update_running_stats(Norm.of(own), torch.ones(4), torch.ones(4), 10)
+    assert calls.taken == 0
 
 
 def test_a_flag_that_is_a_number_is_a_flag(calls: Counted) -> None:

@@ -1,8 +1,8 @@
 """bn_act of plain tensors by one call of a compiled library: on small images the rest is overhead.
 
-The arithmetic, what is kept for backward and the choice of the library are those of the operator;
-left out are the residual's own batch norm and pooling. Whatever is not plain (subclasses, other
-layouts, transforms, profilers, bad arguments) is declined, and the operator takes it.
+The arithmetic and the choice of the library are those of the operator; left out are the residual's
+own batch norm and pooling. Whatever is not plain (subclasses, other layouts, transforms, profilers,
+hooks of saved tensors, bad arguments) is declined, and the operator takes it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, is_inference_mode_enabled
 from torch._C import _increment_version
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd import Function, forward_ad
 
 from ... import native
@@ -45,6 +46,9 @@ def bn_act(input: Tensor, norm: Norm, residual: Tensor | None, relu: bool) -> Te
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
+        # Checkpoints count what is saved, and what they recompute may have to take the operator.
+        if _top_saved_tensors_default_hooks(False) is not None:
+            return None
         return _differentiated(input, weight, bias, residual, norm, relu, calls)
     return _forward(calls, input, residual, norm, relu)[0]
 
