@@ -131,7 +131,7 @@ def test_a_clean_sanitizer_passes() -> None:
 @pytest.mark.slow
 def test_tiles_that_are_tried_compile_and_do_not_spill() -> None:
     results = offline.run(["tests.tile_builds"], (90,))
-    assert len(results) == 2 * len(tiles.NARROW + tiles.WIDE) + len(tiles.POINTER)
+    assert len(results) == 3 * len(tiles.NARROW + tiles.WIDE) + len(tiles.POINTER)
     assert offline.problems(results) == []
 
 
